@@ -1,0 +1,251 @@
+"""`RunConfig`: one validated, frozen description of a run; TOML in, TOML out.
+
+Settings are checked once, here; the inside of the package trusts them. All errors are reported together.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedpt_secure import files
+from fedpt_secure.errors import ConfigError, RunDirectoryError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+_SettingsType = TypeVar("_SettingsType", bound="Settings")
+
+
+class Settings(BaseModel):
+    """A frozen group of settings; an unknown key is an error, not a surprise later."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataConfig(Settings):
+    """Which text, whose it is, and what is held out."""
+
+    source: str = "chitchat"
+    """`chitchat`, `sotu`, a path (JSONL, CSV, Parquet, folder of text files) or a Hugging Face data set id."""
+    client_column: str | None = None
+    """Column that names the owner of a record."""
+    text_column: str | None = None
+    """Column with the text, where a record is one text."""
+    prompt_column: str | None = None
+    """Column with the prompt, where a record is a pair; loss on the response only."""
+    response_column: str | None = None
+    label_column: str | None = None
+    """Column a Dirichlet partition skews by."""
+    clients: Count | None = None
+    """How many clients to deal the records to, where no column names them."""
+    partition: Literal["equal", "dirichlet"] | None = None
+    dirichlet_alpha: Positive | None = None
+    """Concentration of the Dirichlet partition; small is uneven."""
+    minimum_records: Annotated[int, Field(ge=2)] = 8
+    """A client with fewer records (before the split) does not take part."""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of each client's records kept from training for the final report."""
+    maximum_records: Count | None = None
+    """Read no more than this many records from the source (quick trials)."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> DataConfig:
+        if (self.prompt_column is None) != (self.response_column is None):
+            raise ValueError("prompt_column and response_column go together")
+        if self.text_column and self.prompt_column:
+            raise ValueError("give text_column or prompt_column with response_column, not both")
+        if (self.partition is None) != (self.clients is None):
+            raise ValueError("partition and clients go together: --clients 10 --partition equal")
+        if self.client_column and self.partition:
+            raise ValueError("client_column already says whose a record is; partition would deal them again")
+        if (self.partition == "dirichlet") != (self.dirichlet_alpha is not None):
+            raise ValueError("dirichlet_alpha goes with partition dirichlet, and only with it")
+        return self
+
+
+class ModelConfig(Settings):
+    """The two language models and where they run."""
+
+    small: str = "builtin"
+    """The proxy that clients tune: `builtin`, or a Transformers causal LM (directory or Hugging Face id)."""
+    large: str | None = None
+    """The black box: nothing for SmolLM2-135M-Instruct, or a Transformers directory or Hugging Face id."""
+    device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, ..."""
+    context_length: Annotated[int, Field(ge=8, le=8192)] = 128
+    """Records are cut to this many tokens."""
+
+
+class LoraSettings(Settings):
+    """Which weights of the small LM are trained: the B matrices of LoRA; A is random, public and frozen.
+
+    With A frozen, averaging B over clients is exact (FFA-LoRA, Sun et al. 2024), and half as many
+    parameters carry noise.
+    """
+
+    rank: Count = 8
+    scale: Positive = 2.0
+    """Factor on the adapter's output (PEFT's `lora_alpha / r`)."""
+    layers: Annotated[int, Field(ge=0)] = 0
+    """Train only the last this many layers; 0 for all."""
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class PrivacyConfig(Settings):
+    """What is promised, and the mechanism's public constants."""
+
+    mode: Literal["local"] = "local"
+    """`local`: one example is protected, and each client's own noise suffices (no trust in anybody)."""
+    epsilon: Annotated[float, Field(gt=0)] = 4.0
+    """The promise over the whole run, per example; `inf` trains without privacy."""
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
+    clip_norm: Positive = 0.1
+    """L2 norm each example's gradient is clipped to."""
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Public probability with which a client's record takes part in a step (Poisson sampling)."""
+
+    @field_validator("epsilon")
+    @classmethod
+    def _not_nan(cls, value: float) -> float:
+        if math.isnan(value):
+            raise ValueError("epsilon must be a number above 0, or inf for no privacy")
+        return value
+
+
+class FederationConfig(Settings):
+    """Rounds, cohorts, and the failures that are simulated."""
+
+    rounds: Count = 20
+    cohort: Annotated[int, Field(ge=3)] = 40
+    """Clients per round."""
+    minimum_survivors: Annotated[int, Field(ge=2)] | None = None
+    """A round with fewer survivors is aborted; default: the secret-sharing threshold, 2/3 of the cohort."""
+    dropout: Fraction = 0.0
+    """Chance that a client vanishes in a round, at a random phase (simulation)."""
+    ring_bits: Annotated[int, Field(ge=16, le=64)] = 32
+
+    @model_validator(mode="after")
+    def _survivors(self) -> FederationConfig:
+        if self.minimum_survivors is not None and self.minimum_survivors > self.cohort:
+            raise ValueError(f"minimum_survivors {self.minimum_survivors} is above the cohort of {self.cohort}")
+        return self
+
+
+class TrainingConfig(Settings):
+    """The optimisation, on both sides. None of it changes the privacy."""
+
+    local_steps: Count = 1
+    """DP-SGD steps a client makes per round."""
+    local_learning_rate: Positive = 1.0
+    normaliser: Positive = 16.0
+    """Public constant that sums of gradients are divided by, whatever the client's record count."""
+    server_optimizer: Literal["average", "momentum", "adam"] = "adam"
+    """What the server makes of the mean update (post-processing): FedAvg, FedAvgM or FedAdam (Reddi et al. 2021)."""
+    server_learning_rate: Positive = 0.01
+    server_momentum: Fraction = 0.9
+    update_bound: Positive = 1.0
+    """Each coordinate of a client's update is clipped to this before encoding."""
+
+
+class ProxyConfig(Settings):
+    """How the tuned small LM steers the black box, and FedPT's distillation between rounds."""
+
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    """Weight of the small LM's shift; the default was chosen on public text only (docs/LOG.md)."""
+    distill_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of distillation on public text after each round; 0 switches it off."""
+    distill_learning_rate: Positive = 1e-3
+
+
+class EvaluationConfig(Settings):
+    """The held-out report. It chooses nothing."""
+
+    records: Annotated[int, Field(ge=10)] = 300
+    """Held-out records scored by all four arms (a seeded sample)."""
+    bootstrap_samples: Annotated[int, Field(ge=200)] = 2000
+
+
+class RunConfig(Settings):
+    """One run, wholly described."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Fixes the data split, the cohorts and the public LoRA matrices; never keys, masks or noise."""
+    insecure_deterministic: bool = False
+    """Keys, masks and noise from the seed too, for debugging. Marks every artefact as not private."""
+    data: DataConfig = DataConfig()
+    models: ModelConfig = ModelConfig()
+    lora: LoraSettings = LoraSettings()
+    privacy: PrivacyConfig = PrivacyConfig()
+    federation: FederationConfig = FederationConfig()
+    training: TrainingConfig = TrainingConfig()
+    proxy: ProxyConfig = ProxyConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def to_toml(self) -> str:
+        """The whole configuration, defaults included; absent optional settings are left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True) | _floats(self))
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """Lines `section.field: ours != theirs`, for every setting in which two configurations differ."""
+        ours, theirs = _flatten(self.model_dump()), _flatten(other.model_dump())
+        return [f"{key}: {ours[key]!r} != {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
+
+
+def build(settings: type[_SettingsType], values: dict[str, Any]) -> _SettingsType:
+    """Validate settings, reporting every error at once.
+
+    Raises:
+        ConfigError: one line naming each bad setting, what was given and the rule.
+    """
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error), hint="`fedpt-secure train --help` lists the settings") from None
+
+
+def load(path: Path) -> RunConfig:
+    """Read a run's TOML file.
+
+    Raises:
+        RunDirectoryError: no such file, or not TOML.
+        ConfigError: a setting is not acceptable.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RunDirectoryError(f"cannot read configuration {path}: {error}") from error
+    return build(RunConfig, values)
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write a configuration as TOML, atomically."""
+    files.write_text(path, config.to_toml())
+
+
+def _floats(config: RunConfig) -> dict[str, Any]:
+    # JSON mode turns infinity into null; TOML can say it.
+    privacy = config.privacy.model_dump(exclude_none=True)
+    return {"privacy": privacy}
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _one_line(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        given = "" if isinstance(item["input"], dict | BaseModel) else f", given {item['input']!r}"
+        parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{given}".removeprefix(": "))
+    return "; ".join(parts)
