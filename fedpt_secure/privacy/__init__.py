@@ -1,1 +1,26 @@
+"""Calibration, accounting, the DP-SGD step, the client's ledger and the privacy statement."""
 
+from fedpt_secure.privacy.accounting import ACCOUNTANT, GaussianSteps, calibrate_noise, epsilon_spent, round_up
+from fedpt_secure.privacy.dp_sgd import DpSgdSettings, LocalUpdate, SmallExample, example_losses, train_locally
+from fedpt_secure.privacy.ledger import Ledger
+from fedpt_secure.privacy.noise import InsecureDeterministicRandom, NoiseSource, SecureRandom
+from fedpt_secure.privacy.statement import PrivacyStatement, local_statement
+
+__all__ = [
+    "ACCOUNTANT",
+    "DpSgdSettings",
+    "GaussianSteps",
+    "InsecureDeterministicRandom",
+    "Ledger",
+    "LocalUpdate",
+    "NoiseSource",
+    "PrivacyStatement",
+    "SecureRandom",
+    "SmallExample",
+    "calibrate_noise",
+    "epsilon_spent",
+    "example_losses",
+    "local_statement",
+    "round_up",
+    "train_locally",
+]

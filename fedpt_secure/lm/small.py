@@ -1,0 +1,186 @@
+"""The small LM that clients tune: base weights, LoRA on top, and the flat vector that federation sees of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from fedpt_secure.config import LoraSettings
+from fedpt_secure.errors import ConfigError, ModelError
+from fedpt_secure.lm.token_map import TokenMap
+from fedpt_secure.lm.vocabulary import Vocabulary
+
+BUILTIN = "builtin"
+FloatVector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseLM:
+    """A pretrained small LM before any adapter, and how its vocabulary sits in the large one."""
+
+    model: PreTrainedModel
+    token_map: TokenMap
+    name: str
+
+
+def builtin_directory() -> Path:
+    """Where the built-in proxy's files lie."""
+    return Path(str(resources.files("fedpt_secure.lm.builtin")))
+
+
+def load_base(spec: str, large_vocabulary: Vocabulary) -> BaseLM:
+    """Load the built-in proxy, or any Transformers causal LM of the large model's tokenizer family.
+
+    Raises:
+        ModelError: files missing, corrupt, or of another tokenizer (the first differing tokens are named).
+    """
+    return _load_builtin(large_vocabulary) if spec == BUILTIN else _load_transformers(spec, large_vocabulary)
+
+
+class SmallLM:
+    """Base weights, frozen, under one LoRA adapter whose B matrices are trained.
+
+    A is drawn from a public seed and frozen; B starts at zero, so a fresh adapter changes nothing. The adapter of a
+    run is the vector of all B entries, in sorted parameter-name order: `adapter_vector`.
+    """
+
+    def __init__(self, base: BaseLM, lora: LoraSettings, *, seed: int, device: torch.device) -> None:
+        """Attach a fresh adapter.
+
+        Raises:
+            ConfigError: the base has none of the modules, or fewer layers, than the settings name.
+        """
+        layers = base.model.config.num_hidden_layers
+        if lora.layers > layers:
+            raise ConfigError(
+                f"lora.layers is {lora.layers}, but the small LM has {layers} layers", hint="0 trains all of them"
+            )
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.scale * lora.rank,
+            target_modules=list(lora.modules),
+            layers_to_transform=list(range(layers - lora.layers, layers)) if lora.layers else None,
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        try:
+            # A is public: every client and every later reader derives the same one from the run's seed.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.model: PeftModel = get_peft_model(base.model, config)
+        except ValueError as error:
+            raise ConfigError(f"LoRA does not fit the small LM: {error}", hint="see lora.modules") from None
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
+        self.model.to(device)
+        self.model.eval()
+        self.device = device
+        self.token_map = base.token_map
+        self.name = base.name
+        self._trainable = sorted(
+            ((name, p) for name, p in self.model.named_parameters() if p.requires_grad), key=lambda item: item[0]
+        )
+        self.digest = self._digest()
+
+    @property
+    def dimension(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for _, parameter in self._trainable)
+
+    @property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The trained parameters, in the order of `adapter_vector`."""
+        return [parameter for _, parameter in self._trainable]
+
+    def adapter_vector(self) -> FloatVector:
+        """The trained parameters as one float32 vector `[dimension]` (a copy)."""
+        with torch.no_grad():
+            return torch.cat([p.detach().float().reshape(-1) for p in self.trainable]).cpu().numpy().copy()
+
+    def load_adapter_vector(self, vector: FloatVector) -> None:
+        """Set the trained parameters from a vector `[dimension]`.
+
+        Raises:
+            ModelError: another length, or entries that are not finite.
+        """
+        if vector.shape != (self.dimension,):
+            raise ModelError(f"adapter vector has shape {vector.shape}, this adapter has ({self.dimension},)")
+        if not np.isfinite(vector).all():
+            raise ModelError("adapter vector holds entries that are not finite")
+        values = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32)).to(self.device)
+        offset = 0
+        with torch.no_grad():
+            for parameter in self.trainable:
+                count = parameter.numel()
+                parameter.copy_(values[offset : offset + count].view_as(parameter))
+                offset += count
+
+    def weights_digest(self, vector: FloatVector) -> bytes:
+        """SHA-256 of the whole model with this adapter: what clients sign, so that all of them train the same one."""
+        content = np.ascontiguousarray(vector, dtype="<f4").tobytes()
+        return hashlib.sha256(bytes.fromhex(self.digest) + content).digest()
+
+    def save_adapter(self, directory: Path) -> None:
+        """Write the adapter in PEFT's format; `peft.PeftModel.from_pretrained(base, directory)` loads it."""
+        self.model.save_pretrained(str(directory), save_embedding_layers=False)
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        layout = {name: list(parameter.shape) for name, parameter in self._trainable}
+        digest.update(json.dumps([self.name, layout], sort_keys=True).encode())
+        digest.update(self.token_map.small_to_large.astype("<i8").tobytes())
+        for name, parameter in sorted(self.model.named_parameters(), key=lambda item: item[0]):
+            if not parameter.requires_grad:
+                digest.update(name.encode())
+                digest.update(parameter.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes())
+        return digest.hexdigest()
+
+
+def _load_builtin(large_vocabulary: Vocabulary) -> BaseLM:
+    directory = builtin_directory()
+    expected = Vocabulary.from_tokenizer(Tokenizer.from_file(str(directory / "tokenizer.json")))
+    # Raises where the large model's tokens are not the ones the proxy's map was made for.
+    TokenMap.between(expected, large_vocabulary)
+    try:
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(directory))
+        state = {name: tensor.float() for name, tensor in load_file(directory / "model.safetensors").items()}
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        small_to_large = np.asarray(json.loads((directory / "small_to_large.json").read_text()), dtype=np.int64)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise ModelError(f"the built-in proxy is damaged: {error}", hint="reinstall fedpt-secure") from None
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if set(missing) - tied or unexpected:
+        raise ModelError(
+            f"the built-in proxy is damaged: missing {sorted(missing)}, unexpected {sorted(unexpected)}",
+            hint="reinstall fedpt-secure",
+        )
+    model.tie_weights()
+    return BaseLM(model, TokenMap(small_to_large, large_vocabulary_size=large_vocabulary.size), "builtin")
+
+
+def _load_transformers(spec: str, large_vocabulary: Vocabulary) -> BaseLM:
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(spec)
+        model = AutoModelForCausalLM.from_pretrained(spec, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise ModelError(
+            f"cannot load the small LM {spec!r}: {str(error).splitlines()[0]}",
+            hint="a directory with config.json, tokenizer.json and *.safetensors, or a reachable Hugging Face id",
+        ) from None
+    vocabulary = Vocabulary.from_tokenizer(tokenizer.backend_tokenizer)
+    return BaseLM(model, TokenMap.between(vocabulary, large_vocabulary), spec)

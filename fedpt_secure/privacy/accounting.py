@@ -1,0 +1,144 @@
+"""How much a sequence of noisy steps costs, and how much noise a promise needs.
+
+The accountant is Google's `dp-accounting`, by privacy loss distributions (Sommer et al. 2019; Koskela et al. 2020;
+Doroshenko et al. 2022), in its pessimistic variant: the discretised distribution dominates the true one, so the
+epsilon is an upper bound. The neighbouring relation is add-or-remove one record. The tests compare it with the RDP
+and PRV accountants and with the closed form of the Gaussian mechanism.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import dp_accounting
+from dp_accounting import pld
+
+from fedpt_secure.errors import PrivacyError
+
+ACCOUNTANT = "dp-accounting PLD, pessimistic, add-or-remove-one"
+LARGEST_NOISE_MULTIPLIER = 10_000.0
+SMALLEST_NOISE_MULTIPLIER = 0.2
+_CALIBRATION_STEP = 1.001  # noise multipliers are searched on a geometric grid this fine
+_DISCRETISATION = 1e-4  # of the privacy loss; any value gives an upper bound, a finer one a tighter bound
+_SEARCH_DISCRETISATION = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class GaussianSteps:
+    """What a client's data went through: `steps` Gaussian releases, each on a Poisson sample of the records.
+
+    Attributes:
+        noise_multiplier: ratio of the noise's standard deviation to the L2 sensitivity (the clip norm).
+        sampling_rate: public probability with which each record independently takes part in a step.
+        steps: number of releases; 0 if the data was never touched.
+    """
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise PrivacyError(f"noise multiplier {self.noise_multiplier} is not a finite number of 0 or more")
+        if not 0 < self.sampling_rate <= 1:
+            raise PrivacyError(f"sampling rate {self.sampling_rate} is not in (0, 1]")
+        if self.steps < 0:
+            raise PrivacyError(f"number of steps {self.steps} is negative")
+
+
+@functools.lru_cache(maxsize=1024)
+def epsilon_spent(
+    spent: tuple[GaussianSteps, ...], *, delta: float, discretisation: float = _DISCRETISATION
+) -> float:
+    """Smallest epsilon the accountant can prove for the whole history, add-or-remove one record.
+
+    Args:
+        discretisation: grid of the privacy loss distribution; the default is tight, coarser is faster.
+
+    Returns an upper bound; infinity where there was no noise; 0 where nothing was released.
+
+    Raises:
+        PrivacyError: delta is not in (0, 1).
+    """
+    _check_delta(delta)
+    spent = tuple(item for item in spent if item.steps)
+    if any(item.noise_multiplier < SMALLEST_NOISE_MULTIPLIER for item in spent):
+        return math.inf  # the accountant's grid would grow without bound; no useful promise lives here
+    if not spent:
+        return 0.0
+    accountant = pld.PLDAccountant(
+        dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=discretisation
+    )
+    for item in merge(spent):
+        release: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(item.noise_multiplier)
+        if item.sampling_rate < 1:
+            release = dp_accounting.PoissonSampledDpEvent(item.sampling_rate, release)
+        accountant.compose(dp_accounting.SelfComposedDpEvent(release, item.steps))
+    return float(accountant.get_epsilon(delta))
+
+
+def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """The smallest noise multiplier, to 0.1 %, with which `steps` releases cost at most (epsilon, delta).
+
+    Returns 0 for an infinite epsilon, which promises nothing.
+
+    Raises:
+        PrivacyError: the promise cannot be met by any reasonable noise; the message says what would.
+    """
+    _check_delta(delta)
+    if math.isnan(epsilon) or epsilon <= 0:
+        raise PrivacyError(f"epsilon {epsilon} is not above 0")
+    if math.isinf(epsilon):
+        return 0.0
+    if steps < 1:
+        raise PrivacyError(f"cannot calibrate noise for {steps} steps")
+
+    def cost(exponent: int) -> float:
+        history = (GaussianSteps(_noise_multiplier(exponent), sampling_rate, steps),)
+        return epsilon_spent(history, delta=delta, discretisation=_SEARCH_DISCRETISATION)
+
+    top = math.ceil(math.log(LARGEST_NOISE_MULTIPLIER / SMALLEST_NOISE_MULTIPLIER, _CALIBRATION_STEP))
+    # Gallop from a middling multiplier: both ends of the range are slow to account for.
+    enough = 1
+    stride = math.ceil(math.log(2, _CALIBRATION_STEP))
+    while cost(enough) > epsilon:
+        if enough == top:
+            raise PrivacyError(
+                f"epsilon {epsilon:g} at delta {delta:g} cannot be met over {steps} steps at sampling rate "
+                f"{sampling_rate:g} even with noise multiplier {LARGEST_NOISE_MULTIPLIER:g}",
+                hint=f"fewer rounds or local steps, or epsilon >= {round_up(cost(top)):g}",
+            )
+        enough = min(top, enough + stride)
+    too_little = max(0, enough - stride)
+    while enough - too_little > 1:
+        middle = (too_little + enough) // 2
+        too_little, enough = (too_little, middle) if cost(middle) <= epsilon else (middle, enough)
+    return _noise_multiplier(enough)
+
+
+def _noise_multiplier(exponent: int) -> float:
+    return SMALLEST_NOISE_MULTIPLIER * _CALIBRATION_STEP**exponent
+
+
+def merge(spent: tuple[GaussianSteps, ...]) -> tuple[GaussianSteps, ...]:
+    """Add up the steps of equal mechanisms; composition does not depend on their order."""
+    steps: dict[tuple[float, float], int] = {}
+    for item in spent:
+        key = (item.noise_multiplier, item.sampling_rate)
+        steps[key] = steps.get(key, 0) + item.steps
+    return tuple(GaussianSteps(*key, steps=count) for key, count in sorted(steps.items()))
+
+
+def round_up(epsilon: float, digits: int = 3) -> float:
+    """Round an epsilon for printing, never down."""
+    if not math.isfinite(epsilon):
+        return epsilon
+    scale = 10**digits
+    return math.ceil(epsilon * scale) / scale
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise PrivacyError(f"delta {delta} is not in (0, 1)", hint="a common choice is 1e-5, below 1/records")

@@ -1,0 +1,188 @@
+"""DP-SGD on a client's own records (Abadi et al. 2016), with Opacus doing the per-example gradients.
+
+Three things differ from Opacus's defaults, because they carry the proof:
+
+- The divisor of the noised sum is a public constant. Opacus divides by a function of the data set's size (its
+  issues 571 and 819), which a neighbouring data set changes.
+- An example's loss is the mean over its own tokens, never over the batch's, so that its gradient does not depend on
+  the other examples.
+- Noise and sampling come from a `NoiseSource`, by default AES-256-CTR under a key of the operating system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from opacus.grad_sample import GradSampleHooks
+from opacus.optimizers import DPOptimizer
+from torch.nn.functional import cross_entropy
+
+from fedpt_secure.errors import PrivacyError
+from fedpt_secure.lm.small import SmallLM
+from fedpt_secure.privacy.noise import NoiseSource
+
+PHYSICAL_BATCH = 32
+"""Examples per forward pass; bounds memory, does not touch the mathematics."""
+
+
+@dataclass(frozen=True, slots=True)
+class SmallExample:
+    """One record in the small LM's vocabulary.
+
+    Attributes:
+        ids: token ids, the separator first.
+        loss_from: first position that is predicted with loss, at least 1 and below `len(ids)`.
+    """
+
+    ids: tuple[int, ...]
+    loss_from: int
+
+
+@dataclass(frozen=True, slots=True)
+class DpSgdSettings:
+    """The public constants of a client's DP-SGD.
+
+    Attributes:
+        steps: noisy steps to take.
+        sampling_rate: probability with which each example takes part in a step, independently.
+        clip_norm: L2 norm an example's gradient is clipped to; the sensitivity of a step's sum.
+        noise_multiplier: noise standard deviation over `clip_norm`; 0 is not private.
+        normaliser: constant that the noised sum is divided by; must not be derived from the data.
+        learning_rate: of the plain SGD step.
+    """
+
+    steps: int
+    sampling_rate: float
+    clip_norm: float
+    noise_multiplier: float
+    normaliser: float
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class LocalUpdate:
+    """What local training moved: `vector` = weights after - weights before, float32 `[d]`.
+
+    **Guarantees** With noise multiplier sigma > 0 the vector is the output of `steps` subsampled Gaussian
+    mechanisms on the client's examples, add-or-remove-one, and post-processing of them.
+    """
+
+    vector: npt.NDArray[np.float32]
+    steps: int
+
+
+def train_locally(
+    small: SmallLM,
+    examples: Sequence[SmallExample],
+    settings: DpSgdSettings,
+    *,
+    noise: NoiseSource,
+    on_example: Callable[[int], None] = lambda count: None,
+) -> LocalUpdate:
+    """Take noisy steps from the adapter that is loaded; the adapter is put back before returning.
+
+    Args:
+        on_example: told the number of examples after each physical batch, for a progress bar on the client.
+
+    Raises:
+        PrivacyError: settings that are not a mechanism (no clipping, rate outside (0, 1], ...).
+    """
+    _check(settings)
+    before = small.adapter_vector()
+    parameters = small.trainable
+    optimizer = _NoiseSourceOptimizer(
+        torch.optim.SGD(parameters, lr=settings.learning_rate / settings.normaliser),
+        noise_multiplier=settings.noise_multiplier,
+        max_grad_norm=settings.clip_norm,
+        expected_batch_size=None,
+        loss_reduction="sum",
+        noise=noise,
+    )
+    hooks = GradSampleHooks(small.model, loss_reduction="sum")
+    # Opacus records activations in training mode only; without dropout the mode changes nothing else.
+    small.model.train()
+    try:
+        for _ in range(settings.steps):
+            chosen = np.flatnonzero(noise.bernoulli(len(examples), probability=settings.sampling_rate))
+            batches = list(_physical_batches([examples[i] for i in chosen]))
+            for index, batch in enumerate(batches):
+                example_losses(small, batch).sum().backward()
+                optimizer.signal_skip_step(do_skip=index + 1 < len(batches))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                on_example(len(batch))
+            if not batches:
+                # Nobody was sampled: the step must still be taken, and looks like any other, noise and all.
+                for parameter in parameters:
+                    parameter.grad_sample = torch.zeros(0, *parameter.shape, device=parameter.device)
+                optimizer.signal_skip_step(do_skip=False)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        after = small.adapter_vector()
+    finally:
+        hooks.cleanup()
+        small.model.eval()
+        small.load_adapter_vector(before)
+    return LocalUpdate(vector=after - before, steps=settings.steps)
+
+
+def example_losses(small: SmallLM, batch: Sequence[SmallExample]) -> torch.Tensor:
+    """Mean negative log-likelihood (nats per token) of each example's own loss tokens, `[len(batch)]`."""
+    width = max(len(example.ids) for example in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    targets = torch.full((len(batch), width), -100)
+    for row, example in enumerate(batch):
+        content = torch.tensor(example.ids)
+        ids[row, : len(content)] = content
+        targets[row, example.loss_from - 1 : len(content) - 1] = content[example.loss_from :]
+    # Padding is on the right of causal attention, so that no loss token ever sees it: no mask is needed.
+    logits = small.model(input_ids=ids.to(small.device), use_cache=False).logits.float()
+    targets = targets.to(small.device)
+    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
+    counts = (targets != -100).sum(1)
+    return losses.view(len(batch), width).sum(1) / counts
+
+
+class _NoiseSourceOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus's optimizer with noise from a `NoiseSource` instead of a PyTorch generator."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, noise: NoiseSource, **arguments: object) -> None:
+        super().__init__(optimizer, **arguments)
+        self._noise = noise
+
+    def add_noise(self) -> None:
+        standard_deviation = self.noise_multiplier * self.max_grad_norm
+        for parameter in self.params:
+            total = parameter.summed_grad
+            if standard_deviation > 0:
+                drawn = self._noise.gaussian(parameter.numel(), standard_deviation=standard_deviation)
+                total = total + torch.from_numpy(drawn).to(total).view_as(parameter)
+            parameter.grad = total.view_as(parameter)
+
+
+def _physical_batches(examples: list[SmallExample]) -> Iterator[list[SmallExample]]:
+    """Split a logical batch, like lengths together, so that little is padded."""
+    examples = sorted(examples, key=lambda example: len(example.ids))
+    for start in range(0, len(examples), PHYSICAL_BATCH):
+        yield examples[start : start + PHYSICAL_BATCH]
+
+
+def _check(settings: DpSgdSettings) -> None:
+    positive = {
+        "clip_norm": settings.clip_norm,
+        "normaliser": settings.normaliser,
+        "learning_rate": settings.learning_rate,
+    }
+    for name, value in positive.items():
+        if not (np.isfinite(value) and value > 0):
+            raise PrivacyError(f"{name} is {value}, must be a finite number above 0")
+    if not 0 < settings.sampling_rate <= 1:
+        raise PrivacyError(f"sampling rate {settings.sampling_rate} is not in (0, 1]")
+    if not (np.isfinite(settings.noise_multiplier) and settings.noise_multiplier >= 0):
+        raise PrivacyError(f"noise multiplier {settings.noise_multiplier} is not a finite number of 0 or more")
+    if settings.steps < 1:
+        raise PrivacyError(f"{settings.steps} steps: at least one is needed")
