@@ -1,1 +1,22 @@
+"""Text by client: fetched and verified, split before training, cut to token ids. Knows nothing of models or privacy.
 
+`load_federated_text` turns a `DataConfig` into a `FederatedText`; `Cache` holds what is fetched; `encode` makes
+examples.
+"""
+
+from fedpt_secure.data.artefacts import ARTEFACTS, Artefact
+from fedpt_secure.data.fetch import ArtefactStatus, Cache
+from fedpt_secure.data.loading import load_federated_text
+from fedpt_secure.data.records import ClientText, FederatedText, Preparation, Record
+
+__all__ = [
+    "ARTEFACTS",
+    "Artefact",
+    "ArtefactStatus",
+    "Cache",
+    "ClientText",
+    "FederatedText",
+    "Preparation",
+    "Record",
+    "load_federated_text",
+]

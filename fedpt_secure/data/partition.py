@@ -1,0 +1,153 @@
+"""Deal records without an owner to simulated clients. Only done when asked for explicitly."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedpt_secure.data.simulation import simulation_key, simulation_order, simulation_rng
+from fedpt_secure.errors import ConfigError, DataError
+
+
+def client_names(clients: int) -> list[str]:
+    """`client-0`, `client-1`, ... with leading zeros, so that sorted order is numerical order."""
+    width = len(str(clients - 1))
+    return [f"client-{index:0{width}d}" for index in range(clients)]
+
+
+def partition_equal(records: int, clients: int, *, seed: int) -> list[int]:
+    """Deal `records` records to `clients` clients in random order; sizes differ by at most one.
+
+    Returns:
+        The client's index of each record.
+
+    Raises:
+        DataError: more clients than records.
+    """
+    _check_counts(records, clients)
+    owners = [0] * records
+    for place, index in enumerate(_random_order(records, seed)):
+        owners[index] = place % clients
+    return owners
+
+
+def partition_sizes(records: int, clients: int, *, alpha: float, seed: int) -> list[int]:
+    """Deal records in random order to clients whose shares of the whole are one draw from Dirichlet(alpha, ...,
+    alpha).
+
+    This skews sizes, not contents: it is what a Dirichlet partition can do without labels. Clients may be left with
+    nothing.
+
+    Args:
+        records: how many there are.
+        clients: among how many.
+        alpha: concentration; small is uneven, large is equal.
+        seed: of the simulation.
+
+    Returns:
+        The client's index of each record.
+
+    Raises:
+        ConfigError: alpha is not a positive finite number.
+        DataError: more clients than records.
+    """
+    _check_counts(records, clients)
+    _check_alpha(alpha)
+    shares = _dirichlet(simulation_rng("partition-sizes", seed), np.full(clients, alpha))
+    bounds = np.floor(np.cumsum(shares)[:-1] * records).astype(int).tolist()
+    owners = [0] * records
+    for place, index in enumerate(_random_order(records, seed)):
+        owners[index] = bisect_right(bounds, place)
+    return owners
+
+
+def partition_labels(labels: Sequence[str], clients: int, *, alpha: float, seed: int) -> list[int]:
+    """Give clients of equal size different mixtures of labels (Hsu, Qi, Brown 2019, arXiv 1909.06335, section 3).
+
+    Each client draws a mixture q ~ Dirichlet(alpha * p) with p the labels' frequencies, then draws records by it
+    without replacement. When a label runs out, its share of every mixture falls to the labels that are left, in
+    proportion; a client whose labels have all run out draws by what is left. Clients take one record each in turn,
+    so that leftovers do not gather at the last one. Sizes differ by at most one.
+
+    Args:
+        labels: of each record.
+        clients: among how many.
+        alpha: concentration; near 0 a client has one label, at infinity all have the same mixture.
+        seed: of the simulation.
+
+    Returns:
+        The client's index of each record.
+
+    Raises:
+        ConfigError: alpha is not a positive finite number.
+        DataError: more clients than records.
+    """
+    _check_counts(len(labels), clients)
+    _check_alpha(alpha)
+    rng = simulation_rng("partition-labels", seed)
+    names = sorted(set(labels))
+    place = {name: index for index, name in enumerate(names)}
+    pools: list[list[int]] = [[] for _ in names]
+    # Popped from the end: each pool gives its records in random order.
+    for index in _random_order(len(labels), seed):
+        pools[place[labels[index]]].append(index)
+    left = np.array([len(pool) for pool in pools], dtype=float)
+    mixtures = np.stack([_dirichlet(rng, alpha * left / left.sum()) for _ in range(clients)])
+    owners = [0] * len(labels)
+    cumulative = _cumulative(mixtures, left)
+    for turn, uniform in enumerate(rng.random(len(labels)).tolist()):
+        client = turn % clients
+        label = bisect_right(cumulative[client], uniform)
+        owners[pools[label].pop()] = client
+        left[label] -= 1
+        if not pools[label] and turn + 1 < len(labels):
+            cumulative = _cumulative(mixtures, left)
+    return owners
+
+
+def _cumulative(mixtures: np.ndarray, left: np.ndarray) -> list[list[float]]:
+    """Upper ends of the labels' intervals in [0, 1), by client; a label that has run out has an empty interval."""
+    open_labels = left > 0
+    weights = mixtures * open_labels
+    totals = weights.sum(axis=1, keepdims=True)
+    # Below this a quotient would be dominated by rounding: the client's own labels are gone.
+    gone = totals < 1e-12
+    weights = np.where(gone, left, weights) / np.where(gone, left.sum(), totals)
+    ends = np.cumsum(weights, axis=1)
+    # Rounding must not send a draw close to 1 past the last open label.
+    ends[:, int(np.flatnonzero(open_labels)[-1]) :] = 1.0
+    rows: list[list[float]] = ends.tolist()
+    return rows
+
+
+def _dirichlet(rng: np.random.Generator, concentration: np.ndarray) -> np.ndarray:
+    """One draw; where every component underflows (tiny concentrations), the limit: all weight on one, by its
+    share.
+    """
+    draw = rng.dirichlet(concentration)
+    if np.isfinite(draw).all() and draw.sum() > 0.5:
+        return draw
+    single = np.zeros(len(concentration))
+    single[rng.choice(len(concentration), p=concentration / concentration.sum())] = 1.0
+    return single
+
+
+def _random_order(records: int, seed: int) -> list[int]:
+    return simulation_order(simulation_key("partition", seed), [index.to_bytes(8, "big") for index in range(records)])
+
+
+def _check_counts(records: int, clients: int) -> None:
+    if clients < 1:
+        raise ConfigError(f"clients {clients} must be at least 1")
+    if records < clients:
+        raise DataError(
+            f"{records:,} records cannot be dealt to {clients:,} clients",
+            hint="ask for fewer clients or give more text",
+        )
+
+
+def _check_alpha(alpha: float) -> None:
+    if not (np.isfinite(alpha) and alpha > 0):
+        raise ConfigError(f"dirichlet_alpha {alpha} must be a positive number", hint="0.3 is uneven, 100 nearly equal")
