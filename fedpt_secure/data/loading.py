@@ -28,6 +28,11 @@ def load_federated_text(config: DataConfig, *, seed: int, cache: Cache, progress
         FetchError: a built-in source cannot be had.
     """
     raw = _read(config, cache, progress)
+    if not raw.rows:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in raw.unusable.items())
+        raise DataError(
+            f"{raw.name} has no usable record among {raw.seen:,}: {reasons}", hint="is the text column the right one?"
+        )
     text_by_client, arrangement = _by_client(raw, config, seed)
     clients, preparation = prepare(
         text_by_client,

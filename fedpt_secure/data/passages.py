@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 PASSAGE_CHARACTERS = 1000
 """Aimed-at length of a passage, in characters; about 200-250 tokens of English."""
@@ -19,15 +19,21 @@ def passages(text: str, *, characters: int = PASSAGE_CHARACTERS) -> Iterator[str
     last white space, else hard. Every character of the text but white space is in exactly one passage, in order; no
     passage is longer than `characters` or empty.
     """
+    return join_paragraphs([text], characters=characters)
+
+
+def join_paragraphs(texts: Iterable[str], *, characters: int = PASSAGE_CHARACTERS) -> Iterator[str]:
+    """`passages` of a text that comes in parts, each of one or more whole paragraphs; holds one part at a time."""
     gathered = ""
-    for paragraph in _PARAGRAPH_BREAK.split(text.replace("\r\n", "\n").strip()):
-        for piece in _pieces(paragraph, characters):
-            joined = f"{gathered}\n\n{piece}" if gathered else piece
-            if len(joined) <= characters:
-                gathered = joined
-                continue
-            yield gathered
-            gathered = piece
+    for text in texts:
+        for paragraph in _PARAGRAPH_BREAK.split(text.replace("\r\n", "\n").strip()):
+            for piece in _pieces(paragraph, characters):
+                joined = f"{gathered}\n\n{piece}" if gathered else piece
+                if len(joined) <= characters:
+                    gathered = joined
+                    continue
+                yield gathered
+                gathered = piece
     if gathered:
         yield gathered
 
