@@ -1,5 +1,6 @@
 """The large black box and the arithmetic by which a tuned small model steers it."""
 
+from fedpt_secure.proxy.adapter_pair import AdapterPair
 from fedpt_secure.proxy.arithmetic import (
     restricted_logprobs,
     shifted_logprobs,
@@ -9,12 +10,21 @@ from fedpt_secure.proxy.arithmetic import (
     tuning_shift,
 )
 from fedpt_secure.proxy.black_box import BlackBoxLM, Capabilities, GuardedBlackBox, Session, guard
+from fedpt_secure.proxy.decoding import DecodingSettings, generate
+from fedpt_secure.proxy.local_transformers import LocalTransformersLM
+from fedpt_secure.proxy.small_pair import SmallPair, SmallSession
 
 __all__ = [
+    "AdapterPair",
     "BlackBoxLM",
     "Capabilities",
+    "DecodingSettings",
     "GuardedBlackBox",
+    "LocalTransformersLM",
     "Session",
+    "SmallPair",
+    "SmallSession",
+    "generate",
     "guard",
     "restricted_logprobs",
     "shifted_logprobs",

@@ -1,0 +1,41 @@
+"""The two sides of the small LM that proxy tuning subtracts: as pretrained, and tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from fedpt_secure.lm.token_map import TokenMap
+
+
+class SmallSession(Protocol):
+    """A batch of continuations in progress, in small token ids, in step with the large model's session."""
+
+    def logprobs(self) -> tuple[Tensor, Tensor]:
+        """Base and tuned log-probabilities of each row's next token: float32 `[batch, v]` each."""
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Extend every row by one small token."""
+
+
+class SmallPair(Protocol):
+    """The small LM with and without its tuning, as distributions over the small vocabulary."""
+
+    @property
+    def token_map(self) -> TokenMap:
+        """How the small vocabulary sits in the large one."""
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of prompt and continuation together."""
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each sequence of small ids, in order, base and tuned log-probabilities of the token after each position.
+
+        Yields float32 `[len(sequence), v]` twice, one sequence at a time.
+        """
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> SmallSession:
+        """Begin one continuation per prompt of small ids."""

@@ -1,0 +1,145 @@
+"""Cached decoding equals a slow reference without any cache, token for token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from fedpt_secure.errors import BlackBoxError, ConfigError, ModelError
+from fedpt_secure.proxy.arithmetic import shifted_logprobs
+from fedpt_secure.proxy.decoding import DecodingSettings, choose_token, generate
+
+PROMPT = [0, 504, 3575, 12]
+
+
+def slow_generate(large, pair, prompt, settings, rng):
+    """Score the whole text anew for every token; choose by sorting and adding up, in plain Python."""
+    ids = list(prompt)
+    for _ in range(settings.max_new_tokens):
+        logprobs = next(large.score([ids]))[-1]
+        if settings.alpha:
+            base, tuned = next(pair.score([pair.token_map.to_small(ids)]))
+            logprobs = shifted_logprobs(logprobs, base[-1], tuned[-1], pair.token_map, settings.alpha)
+        values = logprobs.double().tolist()
+        ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
+        token = ranked[0]
+        if settings.temperature:
+            weights = [math.exp(values[i] / settings.temperature) for i in ranked]
+            total, kept, mass = math.fsum(weights), 0, 0.0
+            while kept < len(ranked) and mass < settings.top_p:
+                mass += weights[kept] / total
+                kept += 1
+            draw, running = rng.random() * mass, 0.0
+            for rank in range(kept):
+                token = ranked[rank]
+                running += weights[rank] / total
+                if running > draw:
+                    break
+        if token in large.vocabulary.end_ids:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.7, 0.8)])
+def test_cached_decoding_is_the_slow_reference_token_for_token(large, pair, alpha, temperature, top_p):
+    settings = DecodingSettings(alpha=alpha, max_new_tokens=8, temperature=temperature, top_p=top_p)
+    for seed in range(2 if temperature else 1):
+        fast = list(generate(large, pair, PROMPT, settings, np.random.default_rng(seed)))
+        assert fast == slow_generate(large, pair, PROMPT, settings, np.random.default_rng(seed))
+        assert len(fast) == 8
+
+
+def test_the_small_lm_changes_the_choice_and_alpha_zero_does_not_run_it(large, pair):
+    settings = DecodingSettings(alpha=1.0, max_new_tokens=12)
+    alone = dataclasses.replace(settings, alpha=0.0)
+    rng = np.random.default_rng(0)
+    without = list(generate(large, None, PROMPT, alone, rng))
+    assert without == list(generate(large, pair, PROMPT, alone, rng))
+    assert without != list(generate(large, pair, PROMPT, settings, rng))
+
+
+def test_it_ends_before_an_end_token_which_is_not_yielded(large, pair):
+    class Scripted:
+        """Says 11, 12, then the end token."""
+
+        capabilities = large.capabilities
+        vocabulary = large.vocabulary
+
+        def start(self, prompts):
+            class Running:
+                step = 0
+
+                def logprobs(self):
+                    answer = torch.full((1, 49_152), -math.inf)
+                    answer[0, (11, 12, 2)[self.step]] = 0.0
+                    return answer
+
+                def append(self, ids):
+                    self.step += 1
+
+            return Running()
+
+    settings = DecodingSettings(alpha=0.5, max_new_tokens=10)
+    assert list(generate(Scripted(), pair, PROMPT, settings, np.random.default_rng(0))) == [11, 12]
+
+
+def test_what_cannot_work_is_refused_before_the_first_token(large, pair):
+    rng = np.random.default_rng(0)
+    with pytest.raises(ConfigError, match="no small LM"):
+        generate(large, None, PROMPT, DecodingSettings(alpha=0.5, max_new_tokens=1), rng)
+    with pytest.raises(BlackBoxError, match="black box's context of 64"):
+        generate(large, pair, PROMPT, DecodingSettings(alpha=0.5, max_new_tokens=61), rng)
+    pair._config.max_position_embeddings = 10
+    with pytest.raises(ModelError, match="small LM's context of 10"):
+        generate(large, pair, PROMPT, DecodingSettings(alpha=0.5, max_new_tokens=7), rng)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"alpha": math.nan},
+        {"alpha": math.inf},
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_by_name(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        DecodingSettings(**({"alpha": 0.5, "max_new_tokens": 5} | change))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
+def test_sampling_follows_the_tempered_truncated_distribution(temperature, top_p):
+    """Chi-square over 20,000 seeded draws; a correct sampler fails a given seed with probability 1e-4."""
+    logprobs = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]).log()
+    weights = logprobs.double().div(temperature).exp().numpy()
+    weights /= weights.sum()
+    kept = {(1.0, 1.0): [0, 1, 2, 3, 4], (0.5, 1.0): [0, 1, 2, 3, 4], (1.0, 0.6): [1, 3]}[temperature, top_p]
+    settings = DecodingSettings(alpha=0, max_new_tokens=1, temperature=temperature, top_p=top_p)
+    rng = np.random.default_rng(5)
+    counts = np.bincount([choose_token(logprobs, settings, rng) for _ in range(20_000)], minlength=5)
+    assert set(np.flatnonzero(counts)) == set(kept)
+    expected = weights[kept] / weights[kept].sum() * 20_000
+    assert stats.chisquare(counts[kept], expected).pvalue > 1e-4
+
+
+def test_an_excluded_token_is_never_chosen_and_the_lowest_id_wins_a_tie():
+    settings = DecodingSettings(alpha=0, max_new_tokens=1, temperature=100.0)
+    logprobs = torch.tensor([-math.inf, 0.0, -math.inf])
+    rng = np.random.default_rng(0)
+    assert {choose_token(logprobs, settings, rng) for _ in range(100)} == {1}
+    greedy = dataclasses.replace(settings, temperature=0.0)
+    assert choose_token(torch.tensor([-3.0, -1.0, -1.0, -1.0]), greedy, rng) == 1
