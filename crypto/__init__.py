@@ -1,1 +1,88 @@
+"""Secure aggregation: a server learns the sum of its clients' vectors and nothing else.
 
+Pairwise masks with dropout recovery (Bonawitz et al. 2017) in the variant against a malicious server, as
+sans-IO, single-use state machines over bytes. `docs/protocol.md` has the messages, the checks and what each
+of them defeats. This package imports nothing of the rest and no tensor library: it can be read, and audited,
+alone.
+"""
+
+from __future__ import annotations
+
+from fedpt_secure.crypto.client import ClientState, SecAggClient
+from fedpt_secure.crypto.context import RoundContext, default_threshold
+from fedpt_secure.crypto.encoding import FixedPointEncoding
+from fedpt_secure.crypto.errors import (
+    BelowThreshold,
+    CryptoError,
+    DuplicateKey,
+    DuplicateMessage,
+    EncodingError,
+    InvalidShare,
+    MalformedMessage,
+    MessageError,
+    OwnKeysMissing,
+    ParameterError,
+    PolicyViolation,
+    ProtocolAbort,
+    ProtocolStateError,
+    ReconstructionFailed,
+    RoundReplayed,
+    ShareRejected,
+    SignatureInvalid,
+    SurvivorsRejected,
+    TranscriptMismatch,
+    UnknownSender,
+    UnsafePublicKey,
+    WrongSession,
+)
+from fedpt_secure.crypto.identities import Identity, Roster
+from fedpt_secure.crypto.labels import PROTOCOL_VERSION, SUITE
+from fedpt_secure.crypto.packing import ring_dtype
+from fedpt_secure.crypto.policy import ClientPolicy, MemoryRoundRegister, RoundRegister
+from fedpt_secure.crypto.prg import RingVector
+from fedpt_secure.crypto.randomness import SYSTEM_RANDOM, InsecureDeterministicBytes, RandomBytes
+from fedpt_secure.crypto.server import SecAggServer, ServerState
+
+__all__ = [
+    "PROTOCOL_VERSION",
+    "SUITE",
+    "SYSTEM_RANDOM",
+    "BelowThreshold",
+    "ClientPolicy",
+    "ClientState",
+    "CryptoError",
+    "DuplicateKey",
+    "DuplicateMessage",
+    "EncodingError",
+    "FixedPointEncoding",
+    "Identity",
+    "InsecureDeterministicBytes",
+    "InvalidShare",
+    "MalformedMessage",
+    "MemoryRoundRegister",
+    "MessageError",
+    "OwnKeysMissing",
+    "ParameterError",
+    "PolicyViolation",
+    "ProtocolAbort",
+    "ProtocolStateError",
+    "RandomBytes",
+    "ReconstructionFailed",
+    "RingVector",
+    "Roster",
+    "RoundContext",
+    "RoundRegister",
+    "RoundReplayed",
+    "SecAggClient",
+    "SecAggServer",
+    "ServerState",
+    "ShareRejected",
+    "SignatureInvalid",
+    "SurvivorsRejected",
+    "TranscriptMismatch",
+    "UnknownSender",
+    "UnsafePublicKey",
+    "WrongSession",
+    "default_threshold",
+    "ring_dtype",
+]

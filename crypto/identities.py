@@ -1,0 +1,243 @@
+"""Who takes part: long-term Ed25519 identities, and the roster that pins them out of band.
+
+The roster is the public-key infrastructure of the protocol. Every client holds a copy that it did not get
+from the aggregation server, and every session is bound to its digest, so that a server can neither invent a
+client nor swap one's keys.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+from nacl.bindings import crypto_core_ed25519_is_valid_point
+from nacl.exceptions import BadSignatureError
+from nacl.signing import SigningKey, VerifyKey
+
+from fedpt_secure.crypto.errors import ParameterError, SignatureInvalid
+from fedpt_secure.crypto.labels import Label, digest
+from fedpt_secure.crypto.randomness import SYSTEM_RANDOM, RandomBytes
+
+LONGEST_CLIENT_ID_BYTES: Final = 128
+LARGEST_ROSTER: Final = 1 << 16
+SIGNATURE_BYTES: Final = 64
+VERIFY_KEY_BYTES: Final = 32
+
+_IDENTITY_FORMAT: Final = "fedpt-secure identity v1"
+_ROSTER_FORMAT: Final = "fedpt-secure roster v1"
+_LARGEST_IDENTITY_FILE: Final = 4096
+_LARGEST_ROSTER_FILE: Final = 64 << 20
+
+
+def check_client_id(client_id: str) -> None:
+    """Accept 1 to 128 bytes of UTF-8 without control characters.
+
+    Raises:
+        ParameterError: the id is something else.
+    """
+    try:
+        encoded = client_id.encode()
+    except UnicodeEncodeError:
+        raise ParameterError(f"client id {client_id!r} is not valid Unicode") from None
+    if not 1 <= len(encoded) <= LONGEST_CLIENT_ID_BYTES or not client_id.isprintable():
+        raise ParameterError(
+            f"client id {client_id[:40]!r} is not 1 to {LONGEST_CLIENT_ID_BYTES} bytes of printable UTF-8"
+        )
+
+
+class Identity:
+    """A client's long-term signing key. It signs; it never encrypts and never derives a mask.
+
+    PyNaCl keeps the key in immutable `bytes`: it cannot be wiped, and lives as long as the object.
+    """
+
+    def __init__(self, seed: bytes) -> None:
+        if len(seed) != 32:
+            raise ParameterError(f"an identity is made from a 32-byte seed, not {len(seed)} bytes")
+        self._signing_key = SigningKey(seed)
+
+    @classmethod
+    def generate(cls, random_bytes: RandomBytes = SYSTEM_RANDOM) -> Identity:
+        """A fresh identity."""
+        return cls(random_bytes(32))
+
+    @property
+    def verify_key_bytes(self) -> bytes:
+        """The public Ed25519 key, 32 bytes, as it stands in a roster."""
+        return bytes(self._signing_key.verify_key)
+
+    def sign(self, message: bytes) -> bytes:
+        """The Ed25519 signature (RFC 8032) of `message`, 64 bytes."""
+        return self._signing_key.sign(message).signature
+
+    def save(self, path: Path) -> None:
+        """Write the secret key to a new file that only its owner may read; an existing file is never replaced."""
+        content = _IdentityFile(
+            format=_IDENTITY_FORMAT, seed=bytes(self._signing_key).hex(), verify_key=self.verify_key_bytes.hex()
+        )
+        _write_new(path, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n", mode=0o600)
+
+    @classmethod
+    def load(cls, path: Path) -> Identity:
+        """The identity in a file that `save` wrote.
+
+        Raises:
+            ParameterError: the file is no identity file, or its two keys do not belong together.
+            OSError: the file cannot be read.
+        """
+        content = _decode_json(_read(path, _LARGEST_IDENTITY_FILE), _IdentityFile, _IDENTITY_FORMAT)
+        identity = cls(_from_hex(content.seed, "seed"))
+        if identity.verify_key_bytes != _from_hex(content.verify_key, "verify_key"):
+            raise ParameterError(f"{path}: the public key does not belong to the secret one; the file is damaged")
+        return identity
+
+    def __repr__(self) -> str:
+        return f"Identity(verify_key={self.verify_key_bytes.hex()})"
+
+
+class Roster(Mapping[str, bytes]):
+    """Client ids and their public Ed25519 keys: immutable, sorted by id, one key per id and one id per key.
+
+    Raises:
+        ParameterError: an id or key is not valid, or a key appears twice (one person under two names).
+    """
+
+    def __init__(self, verify_keys: Mapping[str, bytes]) -> None:
+        if not 1 <= len(verify_keys) <= LARGEST_ROSTER:
+            raise ParameterError(f"a roster names 1 to {LARGEST_ROSTER} clients, not {len(verify_keys)}")
+        owner: dict[bytes, str] = {}
+        for client_id in sorted(verify_keys):
+            check_client_id(client_id)
+            key = bytes(verify_keys[client_id])
+            if len(key) != VERIFY_KEY_BYTES or not crypto_core_ed25519_is_valid_point(key):
+                raise ParameterError(f"the key of client {client_id!r} is no valid Ed25519 public key")
+            if key in owner:
+                raise ParameterError(f"clients {owner[key]!r} and {client_id!r} have the same key")
+            owner[key] = client_id
+        self._keys = {client_id: key for key, client_id in owner.items()}
+        parts = [part for client_id, key in self._keys.items() for part in (client_id.encode(), key)]
+        self._digest = digest(Label.ROSTER, parts)
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that stand for the whole roster; part of every session."""
+        return self._digest
+
+    def __getitem__(self, client_id: str) -> bytes:
+        return self._keys[client_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __repr__(self) -> str:
+        return f"Roster({len(self)} clients, digest={self._digest.hex()[:16]}...)"
+
+    def verify(self, client_id: str, message: bytes, signature: bytes) -> None:
+        """Check that `client_id` signed `message`.
+
+        Raises:
+            SignatureInvalid: it did not, or the roster does not name it.
+        """
+        key = self._keys.get(client_id)
+        if key is None:
+            raise SignatureInvalid(f"client {client_id!r} is not in the roster")
+        try:
+            VerifyKey(key).verify(message, signature)
+        except (BadSignatureError, ValueError):
+            raise SignatureInvalid(f"the signature is not one of client {client_id!r} on this message") from None
+
+    def to_json(self) -> bytes:
+        """The canonical file content: sorted ids, two-space indent, keys in lower-case hexadecimal, a final newline."""
+        entries = [_RosterEntry(id=client_id, verify_key=key.hex()) for client_id, key in self._keys.items()]
+        content = _RosterFile(format=_ROSTER_FORMAT, clients=entries)
+        return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Roster:
+        """The roster in a file's content. Unknown fields, repeated ids and repeated keys are refused."""
+        if len(content) > _LARGEST_ROSTER_FILE:
+            raise ParameterError(f"a roster file has at most {_LARGEST_ROSTER_FILE} bytes, not {len(content)}")
+        entries = _decode_json(content, _RosterFile, _ROSTER_FORMAT).clients
+        keys = {entry.id: _from_hex(entry.verify_key, "verify_key") for entry in entries}
+        if len(keys) != len(entries):
+            raise ParameterError("a client id appears twice in the roster")
+        return cls(keys)
+
+    def save(self, path: Path) -> None:
+        """Write `to_json` to a new file; an existing roster is never replaced silently."""
+        _write_new(path, self.to_json(), mode=0o644)
+
+    @classmethod
+    def load(cls, path: Path) -> Roster:
+        """`from_json` of a file.
+
+        Raises:
+            ParameterError: the file is no roster.
+            OSError: the file cannot be read.
+        """
+        return cls.from_json(_read(path, _LARGEST_ROSTER_FILE))
+
+
+class _IdentityFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: str
+    seed: str
+    verify_key: str
+
+
+class _RosterEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    id: str
+    verify_key: str
+
+
+class _RosterFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: str
+    clients: list[_RosterEntry]
+
+
+_File = TypeVar("_File", _IdentityFile, _RosterFile)
+
+
+def _decode_json(content: bytes, kind: type[_File], expected: str) -> _File:
+    try:
+        decoded = msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ParameterError(f"not a {expected!r} file: {error}") from None
+    if decoded.format != expected:
+        raise ParameterError(f"the file says it is {decoded.format[:40]!r}; {expected!r} is needed")
+    return decoded
+
+
+def _from_hex(text: str, field: str) -> bytes:
+    try:
+        value = bytes.fromhex(text)
+    except ValueError:
+        value = b""
+    if len(value) != 32 or value.hex() != text:
+        raise ParameterError(f"{field} is not 64 lower-case hexadecimal digits")
+    return value
+
+
+def _read(path: Path, limit: int) -> bytes:
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ParameterError(f"{path} is larger than {limit} bytes: not a key or roster file")
+    return content
+
+
+def _write_new(path: Path, content: bytes, *, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

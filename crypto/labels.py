@@ -1,0 +1,71 @@
+"""The one table of domain-separation labels, and the one way bytes are bound to them.
+
+Everything that is signed, derived, committed to or authenticated passes through `digest` or `derive_key` with
+a label of its own, so that bytes made for one purpose mean nothing for another. `docs/protocol.md` lists what
+each label covers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from enum import Enum
+from typing import Final
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+PROTOCOL_VERSION: Final = 1
+SUITE: Final = "Ed25519/X25519/HKDF-SHA256/XChaCha20-Poly1305/AES-256-CTR/Shamir-2^256+297"
+"""Names of the primitives; part of every session digest, so that two suites never talk past each other."""
+
+DIGEST_BYTES: Final = 32
+
+
+class Label(Enum):
+    """What a digest or a key is for. Values are on the wire: changing one is a new protocol version."""
+
+    ROSTER = "fedpt-secagg/1 roster"
+    SESSION = "fedpt-secagg/1 session"
+    DIRECTORY = "fedpt-secagg/1 key directory"
+    GRAPH = "fedpt-secagg/1 neighbour graph"
+    SIGN_ADVERTISEMENT = "fedpt-secagg/1 sign advertisement"
+    SIGN_SHARES = "fedpt-secagg/1 sign sealed shares"
+    SIGN_MASKED = "fedpt-secagg/1 sign masked vector"
+    SIGN_SURVIVORS = "fedpt-secagg/1 sign survivor list"
+    SIGN_UNMASKING = "fedpt-secagg/1 sign unmasking shares"
+    SEAL_KEY = "fedpt-secagg/1 key that seals shares"
+    SEAL_DATA = "fedpt-secagg/1 associated data of sealed shares"
+    PAIR_MASK = "fedpt-secagg/1 pairwise mask key"
+    SELF_MASK = "fedpt-secagg/1 self mask key"
+    SELF_COMMITMENT = "fedpt-secagg/1 self mask commitment"
+
+
+def integer(value: int) -> bytes:
+    """`value` as eight big-endian bytes, the only form in which numbers are hashed."""
+    return value.to_bytes(8, "big")
+
+
+def digest(label: Label, parts: Iterable[bytes | memoryview]) -> bytes:
+    """SHA-256 over the label and the parts, each preceded by its length in eight bytes.
+
+    The framing is injective: two different sequences of parts never give the same hash input.
+    """
+    state = hashlib.sha256()
+    for part in (label.value.encode(), *parts):
+        state.update(integer(len(part)))
+        state.update(part)
+    return state.digest()
+
+
+def derive_key(secret: bytes | bytearray, *, salt: bytes, label: Label, parts: Iterable[bytes]) -> bytes:
+    """HKDF-SHA256 (RFC 5869) of a secret: 32 bytes, bound to `salt`, `label` and `parts`.
+
+    Args:
+        secret: input key material with at least 256 bits of entropy, or an X25519 shared secret.
+        salt: the session digest, so that nothing derived in one session is of use in another.
+        label: the purpose.
+        parts: what else the key is for; hashed by `digest` into the `info` input.
+    """
+    kdf = HKDF(algorithm=hashes.SHA256(), length=32, salt=salt, info=digest(label, parts))
+    return kdf.derive(bytes(secret))

@@ -1,0 +1,122 @@
+"""What a client insists on, whatever the server proposes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedpt_secure.crypto.context import RoundContext
+from fedpt_secure.crypto.errors import ParameterError, PolicyViolation, RoundReplayed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientPolicy:
+    """A client's own floors. They come from its configuration, never from the server.
+
+    Attributes:
+        minimum_cohort: clients that must be invited.
+        minimum_survivors: masked vectors that a sum must hold, the client's own among them. The client hides
+            among the *honest* ones of these.
+        minimum_threshold: floor of the context's threshold.
+        tolerated_corruptions: share holders that may collude with a malicious server; the client insists on
+            2 t > holders + tolerated_corruptions, so that two disjoint views of the survivors cannot both
+            reach t shares (Bonawitz et al. 2017, section 6.2).
+        minimum_degree: neighbours that a client must have where the graph is not complete.
+    """
+
+    minimum_cohort: int = 3
+    minimum_survivors: int = 2
+    minimum_threshold: int = 2
+    tolerated_corruptions: int = 0
+    minimum_degree: int = 2
+
+    def __post_init__(self) -> None:
+        floors = {
+            "minimum_cohort": 2,
+            "minimum_survivors": 2,
+            "minimum_threshold": 2,
+            "tolerated_corruptions": 0,
+            "minimum_degree": 2,
+        }
+        problems = [
+            f"{name} is {getattr(self, name)}; it must be at least {floor}"
+            for name, floor in floors.items()
+            if getattr(self, name) < floor
+        ]
+        if problems:
+            raise ParameterError("; ".join(problems))
+
+    def check(self, context: RoundContext) -> None:
+        """Accept the round or refuse it, naming everything that is wrong with it.
+
+        Raises:
+            PolicyViolation: a floor is not met.
+        """
+        problems = [
+            f"{name} is {proposed}, below this client's minimum of {floor}"
+            for name, proposed, floor in (
+                ("the cohort", len(context.cohort), self.minimum_cohort),
+                ("minimum_survivors", context.minimum_survivors, self.minimum_survivors),
+                ("threshold", context.threshold, self.minimum_threshold),
+                ("degree", len(context.cohort) if context.degree is None else context.degree, self.minimum_degree),
+            )
+            if proposed < floor
+        ]
+        if 2 * context.threshold <= context.holders + self.tolerated_corruptions:
+            problems.append(
+                f"a threshold of {context.threshold} among {context.holders} share holders lets a malicious server "
+                f"show two survivor lists: 2t must exceed {context.holders + self.tolerated_corruptions}"
+            )
+        if problems:
+            raise PolicyViolation("; ".join(problems), hint="the client sent nothing")
+
+
+class RoundRegister(Protocol):
+    """A client's memory of rounds, kept for as long as its identity serves.
+
+    Two sums over the same updates with different survivors differ by single updates. A register that outlives
+    the process keeps a server from replaying a round, and from completing a second attempt of a round that
+    was already opened.
+    """
+
+    def begin(self, context: RoundContext) -> None:
+        """Record that the client takes part in this attempt of the round.
+
+        Raises:
+            RoundReplayed: it already did, or it already released shares in another attempt of the round.
+        """
+
+    def release(self, context: RoundContext) -> None:
+        """Record, before they leave, that the client releases shares that open this session's sum.
+
+        Raises:
+            RoundReplayed: it already did so in another attempt of the round.
+        """
+
+
+class MemoryRoundRegister:
+    """A `RoundRegister` that lasts as long as the process."""
+
+    def __init__(self) -> None:
+        self._begun: set[tuple[bytes, int, int]] = set()
+        self._released: set[tuple[bytes, int]] = set()
+
+    def begin(self, context: RoundContext) -> None:
+        """See `RoundRegister.begin`."""
+        session = (context.run_id, context.round_index, context.attempt)
+        if session in self._begun:
+            raise RoundReplayed(f"round {context.round_index}, attempt {context.attempt}, was begun before")
+        self._check_not_released(context)
+        self._begun.add(session)
+
+    def release(self, context: RoundContext) -> None:
+        """See `RoundRegister.release`."""
+        self._check_not_released(context)
+        self._released.add((context.run_id, context.round_index))
+
+    def _check_not_released(self, context: RoundContext) -> None:
+        if (context.run_id, context.round_index) in self._released:
+            raise RoundReplayed(
+                f"round {context.round_index} was already opened in another attempt",
+                hint="a second sum over the same updates would give single updates away; go on with the next round",
+            )
