@@ -189,7 +189,7 @@ class RunConfig(Settings):
 
     def to_toml(self) -> str:
         """The whole configuration, defaults included; absent optional settings are left out."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True) | _floats(self))
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
 
     def differences(self, other: RunConfig) -> list[str]:
         """Lines `section.field: ours != theirs`, for every setting in which two configurations differ."""
@@ -226,12 +226,6 @@ def load(path: Path) -> RunConfig:
 def save(config: RunConfig, path: Path) -> None:
     """Write a configuration as TOML, atomically."""
     files.write_text(path, config.to_toml())
-
-
-def _floats(config: RunConfig) -> dict[str, Any]:
-    # JSON mode turns infinity into null; TOML can say it.
-    privacy = config.privacy.model_dump(exclude_none=True)
-    return {"privacy": privacy}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

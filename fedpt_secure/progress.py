@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -20,7 +20,7 @@ class Task(Protocol):
 class Progress(Protocol):
     """A place to show tasks and one-line notes."""
 
-    def task(self, name: str, total: float | None, *, unit: str = "") -> contextmanager[Task]:  # type: ignore[valid-type]
+    def task(self, name: str, total: float | None, *, unit: str = "") -> AbstractContextManager[Task]:
         """Open a bar of `total` units (None: unknown) for the length of a `with` block."""
 
     def note(self, text: str) -> None:

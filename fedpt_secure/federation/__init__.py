@@ -1,1 +1,22 @@
+"""One run: client side, server side, the engine that carries bytes between them, and what a run leaves on disk."""
 
+from fedpt_secure.federation.client import ClientTerms, ClientWorker
+from fedpt_secure.federation.continuation import continuations
+from fedpt_secure.federation.local_engine import Transcript, run_round
+from fedpt_secure.federation.run import RunResult, run_training
+from fedpt_secure.federation.run_directory import Checkpoint, RunDirectory
+from fedpt_secure.federation.server import AggregationServer, RoundAggregate
+
+__all__ = [
+    "AggregationServer",
+    "Checkpoint",
+    "ClientTerms",
+    "ClientWorker",
+    "RoundAggregate",
+    "RunDirectory",
+    "RunResult",
+    "Transcript",
+    "continuations",
+    "run_round",
+    "run_training",
+]

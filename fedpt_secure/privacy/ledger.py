@@ -85,9 +85,7 @@ class Ledger:
         with self._transaction() as connection:
             self._check(connection, request)
 
-    def release(
-        self, run_id: str, round_index: int, spent: GaussianSteps, update: npt.NDArray[np.float32]
-    ) -> None:
+    def release(self, run_id: str, round_index: int, spent: GaussianSteps, update: npt.NDArray[np.float32]) -> None:
         """Count a release and keep its update until the round is over; on disk when this returns.
 
         The budget is checked in the same transaction, so that two processes cannot both spend the rest of it.
@@ -113,11 +111,16 @@ class Ledger:
             except sqlite3.IntegrityError:
                 raise PrivacyError(f"round {round_index} of run {run_id} already has a release") from None
 
-    def settle(self, run_id: str, round_index: int) -> None:
-        """The round is over, completed or aborted: drop the update, keep the count."""
+    def settle(self, run_id: str, *, rounds_done: int) -> None:
+        """Rounds below `rounds_done` are over, completed or aborted: drop their updates, keep the count.
+
+        Call it after the server has made the round's result durable, never before: until then a restarted round
+        needs the same update again.
+        """
         with self._transaction() as connection:
             connection.execute(
-                "UPDATE releases SET pending = NULL WHERE run_id = ? AND round_index = ?", (run_id, round_index)
+                "UPDATE releases SET pending = NULL WHERE run_id = ? AND round_index < ? AND pending IS NOT NULL",
+                (run_id, rounds_done),
             )
 
     def _check(self, connection: sqlite3.Connection, request: GaussianSteps) -> None:

@@ -47,7 +47,7 @@ class PrivacyStatement:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `privacy.json`."""
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+        return {"schema": SCHEMA, "claim": self.claim(), **dataclasses.asdict(self)}
 
     def claim(self) -> str:
         """The promise in one sentence."""
@@ -57,17 +57,6 @@ class PrivacyStatement:
             f"epsilon <= {self.epsilon:g} at delta = {self.delta:g}, per {self.unit} "
             f"({self.neighbouring}), against {self.adversary}."
         )
-
-    def lines(self) -> list[str]:
-        """The whole statement as text."""
-        lines = [
-            self.claim(),
-            f"Mechanism: {self.mechanism}.",
-            f"Accountant: {self.accountant}.",
-        ]
-        lines += [f"Assumes: {item}." for item in self.assumptions]
-        lines += [f"Not covered: {item}." for item in self.not_covered]
-        return lines
 
 
 def local_statement(

@@ -1,0 +1,55 @@
+"""`fedpt-secure generate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from fedpt_secure.cli.errors import reported
+from fedpt_secure.cli.progress import TerminalProgress
+
+
+def generate(
+    prompt: str = typer.Argument(..., help="Text to continue."),
+    run: Path = typer.Option(..., help="Run directory."),
+    alpha: float | None = typer.Option(None, help="Weight of the small LM's shift. [default: the run's]"),
+    max_new_tokens: int = typer.Option(48),
+    temperature: float = typer.Option(0.0, help="0 takes the most likely token."),
+    top_p: float = typer.Option(1.0),
+    seed: int = typer.Option(0, help="Of the sampling."),
+    chat: bool = typer.Option(False, "--chat", help="Wrap the prompt in the model's chat format."),
+    json_output: bool = typer.Option(False, "--json", help="Print the continuations as JSON."),
+) -> None:
+    """Continue a prompt with the black box alone and proxy-tuned, side by side."""
+    console = Console(stderr=True)
+    with reported(console):
+        from fedpt_secure.cli.quiet import quiet_libraries
+        from fedpt_secure.data import Cache
+        from fedpt_secure.federation import RunDirectory, continuations
+
+        quiet_libraries()
+        with TerminalProgress(console) as progress:
+            texts = continuations(
+                RunDirectory.open(run),
+                prompt,
+                chat=chat,
+                alpha=alpha,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                cache=Cache(),
+                progress=progress,
+            )
+    if json_output:
+        typer.echo(json.dumps({"prompt": prompt, **texts}, indent=2))
+        return
+    titles = {"base": "large LM alone", "proxy_tuned": "proxy-tuned"}
+    panels = [Panel(Text(texts[name]), title=title) for name, title in titles.items()]
+    Console().print(Columns(panels, equal=True, expand=True))

@@ -1,0 +1,87 @@
+"""Tables and statements for people, from `summary.json`'s object and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+ARMS = {
+    "large_base": "large LM alone (black box)",
+    "small_base": "small LM, pretrained",
+    "small_tuned": "small LM, tuned",
+    "proxy_tuned": "large LM, proxy-tuned",
+}
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """The result of a run: utility, cost, privacy."""
+    evaluation, improvement = summary["evaluation"], summary["improvement"]
+    table = Table(title=f"Held-out text: {evaluation['records']:,} records, {evaluation['tokens']:,} tokens")
+    for heading, justify in (
+        ("model", "left"),
+        ("loss, nats/token", "right"),
+        ("95 % interval", "right"),
+        ("perplexity", "right"),
+    ):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for name, label in ARMS.items():
+        arm = summary["arms"][name]
+        style = "bold" if name == "proxy_tuned" else ""
+        perplexity = "inf" if arm["perplexity"] is None else f"{arm['perplexity']:.2f}"
+        table.add_row(label, f"{arm['loss']:.4f}", _interval(arm["ci"]), perplexity, style=style)
+    console.print(table)
+    low, high = improvement["ci"]
+    verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
+    console.print(
+        f"Proxy-tuned against large alone: [bold]{improvement['loss']:+.4f}[/] nats/token gained "
+        f"({_interval(improvement['ci'])}), {verdict}; {improvement['fraction_improved']:.1%} of records improved; "
+        f"alpha {summary['alpha']:g}.",
+        highlight=False,
+    )
+    _print_cost(console, summary)
+    _print_privacy(console, summary)
+
+
+def _print_cost(console: Console, summary: dict[str, Any]) -> None:
+    training, size = summary["training"], summary["bytes"]
+    aborted = f", {training['rounds_aborted']} aborted" if training["rounds_aborted"] else ""
+    dropped = f", {training['dropped']} drop-outs" if training["dropped"] else ""
+    console.print(
+        f"{training['rounds']} rounds{aborted} of {training['cohort']} clients{dropped}; "
+        f"{training['trained_parameters']:,} trained parameters; per client and round "
+        f"{size['up_per_client_round'] / 1e3:.1f} kB up, {size['down_per_client_round'] / 1e3:.1f} kB down.",
+        highlight=False,
+    )
+    top = {name: value for name, value in summary["seconds"].items() if "." not in name}
+    inner = {
+        name.removeprefix("rounds."): value for name, value in summary["seconds"].items() if name.startswith("rounds.")
+    }
+    console.print(
+        "Time: "
+        + ", ".join(f"{name} {value:.0f} s" for name, value in top.items())
+        + " (rounds: "
+        + ", ".join(f"{name} {value:.1f} s" for name, value in inner.items())
+        + ").",
+        highlight=False,
+    )
+
+
+def _print_privacy(console: Console, summary: dict[str, Any]) -> None:
+    privacy = summary["privacy"]
+    if not summary["private"]:
+        console.print("[bold red]NOT PRIVATE: no differential privacy is promised.[/]")
+        return
+    console.print(f"[bold]Privacy:[/] {escape(privacy['claim'])}", highlight=False)
+    console.print(f"Mechanism: {escape(privacy['mechanism'])}.", highlight=False)
+    console.print(f"Accountant: {escape(privacy['accountant'])}.", highlight=False)
+    for item in privacy["assumptions"]:
+        console.print(f"Assumes: {escape(item)}.", highlight=False)
+    for item in privacy["not_covered"]:
+        console.print(f"Not covered: {escape(item)}.", highlight=False)
+
+
+def _interval(bounds: list[float]) -> str:
+    return f"[{bounds[0]:.4f}, {bounds[1]:.4f}]".replace("[", r"\[")

@@ -1,0 +1,201 @@
+"""`fedpt-secure train`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from fedpt_secure.cli.errors import reported
+from fedpt_secure.cli.progress import TerminalProgress
+from fedpt_secure.cli.tables import print_summary
+from fedpt_secure.config import RunConfig, build
+from fedpt_secure.errors import ConfigError
+
+DATA, MODELS, PRIVACY, FEDERATION, TUNING, OUTPUT = (
+    "Data",
+    "Models",
+    "Privacy",
+    "Federation",
+    "Training and steering",
+    "Run",
+)
+
+
+def train(
+    epsilon: float | None = typer.Option(
+        None, help="Privacy of a record over the whole run; inf for none. [default: 4]", rich_help_panel=PRIVACY
+    ),
+    delta: float | None = typer.Option(None, help="[default: 1e-05]", rich_help_panel=PRIVACY),
+    clip_norm: float | None = typer.Option(None, help="L2 clip of a record's gradient.", rich_help_panel=PRIVACY),
+    sampling_rate: float | None = typer.Option(
+        None, help="Public chance that a record is in a step.", rich_help_panel=PRIVACY
+    ),
+    data: str | None = typer.Option(
+        None,
+        help="chitchat, sotu, a path (JSONL, CSV, Parquet, folder of text) or a Hugging Face id. [default: chitchat]",
+        rich_help_panel=DATA,
+    ),
+    client_column: str | None = typer.Option(None, help="Column that names a record's owner.", rich_help_panel=DATA),
+    text_column: str | None = typer.Option(None, rich_help_panel=DATA),
+    prompt_column: str | None = typer.Option(
+        None, help="With --response-column: loss on the response only.", rich_help_panel=DATA
+    ),
+    response_column: str | None = typer.Option(None, rich_help_panel=DATA),
+    label_column: str | None = typer.Option(None, help="Column a Dirichlet partition skews by.", rich_help_panel=DATA),
+    clients: int | None = typer.Option(
+        None, help="Deal the records to this many clients (with --partition).", rich_help_panel=DATA
+    ),
+    partition: str | None = typer.Option(None, help="equal or dirichlet.", rich_help_panel=DATA),
+    dirichlet_alpha: float | None = typer.Option(None, help="Small is uneven.", rich_help_panel=DATA),
+    minimum_records: int | None = typer.Option(
+        None, help="Fewest records of a client that takes part.", rich_help_panel=DATA
+    ),
+    maximum_records: int | None = typer.Option(
+        None, help="Read no more than this many records (quick trials).", rich_help_panel=DATA
+    ),
+    large: str | None = typer.Option(
+        None,
+        help="The black box: a Transformers directory or Hugging Face id. [default: SmolLM2-135M-Instruct]",
+        rich_help_panel=MODELS,
+    ),
+    small: str | None = typer.Option(
+        None, help="The proxy: builtin, a directory or Hugging Face id. [default: builtin]", rich_help_panel=MODELS
+    ),
+    context_length: int | None = typer.Option(None, help="Tokens of a record that are used.", rich_help_panel=MODELS),
+    device: str | None = typer.Option(None, help="auto, cpu, cuda, ... [default: auto]", rich_help_panel=MODELS),
+    rounds: int | None = typer.Option(None, rich_help_panel=FEDERATION),
+    cohort: int | None = typer.Option(None, help="Clients per round.", rich_help_panel=FEDERATION),
+    dropout: float | None = typer.Option(
+        None, help="Chance that a client vanishes in a round (simulation).", rich_help_panel=FEDERATION
+    ),
+    minimum_survivors: int | None = typer.Option(
+        None, help="A round with fewer is aborted. [default: 2/3 of the cohort]", rich_help_panel=FEDERATION
+    ),
+    local_steps: int | None = typer.Option(None, help="DP-SGD steps a client makes per round.", rich_help_panel=TUNING),
+    server_learning_rate: float | None = typer.Option(None, rich_help_panel=TUNING),
+    lora_rank: int | None = typer.Option(None, rich_help_panel=TUNING),
+    lora_layers: int | None = typer.Option(
+        None, help="Train only the last this many layers; 0 for all.", rich_help_panel=TUNING
+    ),
+    alpha: float | None = typer.Option(
+        None, help="Weight of the small LM's shift when steering the large one.", rich_help_panel=TUNING
+    ),
+    distill_steps: int | None = typer.Option(
+        None, help="Distillation steps on public text after each round.", rich_help_panel=TUNING
+    ),
+    seed: int | None = typer.Option(None, help="Data split and cohorts; never keys or noise.", rich_help_panel=OUTPUT),
+    insecure_deterministic: bool | None = typer.Option(
+        None,
+        "--insecure-deterministic",
+        help="[red]Noise from the seed, for debugging. Not private.[/]",
+        rich_help_panel=OUTPUT,
+    ),
+    evaluation_records: int | None = typer.Option(
+        None, help="Held-out records in the final report.", rich_help_panel=OUTPUT
+    ),
+    out: Path | None = typer.Option(None, help="Run directory. [default: runs/DATE-TIME]", rich_help_panel=OUTPUT),
+    resume: Path | None = typer.Option(None, help="Go on with an interrupted run.", rich_help_panel=OUTPUT),
+    json_output: bool = typer.Option(
+        False, "--json", help="Print summary.json on standard output.", rich_help_panel=OUTPUT
+    ),
+) -> None:
+    """Tune on private text, round by round, and report what it did for the black box.
+
+    Exit codes: 0 done, 2 settings, 4 data, 5 models, 6 privacy, 7 rounds, 8 run directory, 9 black box, 10 files,
+    130 interrupted.
+    """
+    console = Console(stderr=True)
+    with reported(console):
+        settings: dict[str, Any] = {
+            "seed": seed,
+            "insecure_deterministic": insecure_deterministic,
+            "data": {
+                "source": data,
+                "client_column": client_column,
+                "text_column": text_column,
+                "prompt_column": prompt_column,
+                "response_column": response_column,
+                "label_column": label_column,
+                "clients": clients,
+                "partition": partition,
+                "dirichlet_alpha": dirichlet_alpha,
+                "minimum_records": minimum_records,
+                "maximum_records": maximum_records,
+            },
+            "models": {"small": small, "large": large, "device": device, "context_length": context_length},
+            "lora": {"rank": lora_rank, "layers": lora_layers},
+            "privacy": {
+                "epsilon": epsilon,
+                "delta": delta,
+                "clip_norm": clip_norm,
+                "sampling_rate": sampling_rate,
+            },
+            "federation": {
+                "rounds": rounds,
+                "cohort": cohort,
+                "dropout": dropout,
+                "minimum_survivors": minimum_survivors,
+            },
+            "training": {"local_steps": local_steps, "server_learning_rate": server_learning_rate},
+            "proxy": {"alpha": alpha, "distill_steps": distill_steps},
+            "evaluation": {"records": evaluation_records},
+        }
+        summary = _run(_given(settings), out=out, resume=resume, console=console)
+    if json_output:
+        typer.echo(json.dumps(summary, indent=2, allow_nan=False))
+    else:
+        print_summary(Console(), summary)
+
+
+def _run(settings: dict[str, Any], *, out: Path | None, resume: Path | None, console: Console) -> dict[str, Any]:
+    if out is not None and resume is not None:
+        raise ConfigError("--out starts a run and --resume goes on with one: give one of them")
+    # Settings are checked before the heavy imports, so that a typing error is answered at once.
+    config = build(RunConfig, settings)
+    from fedpt_secure import files
+    from fedpt_secure.cli.quiet import quiet_libraries
+    from fedpt_secure.data import Cache
+    from fedpt_secure.federation import RunDirectory, run_training
+    from fedpt_secure.report import summarise
+
+    quiet_libraries()
+    if resume is not None:
+        directory = RunDirectory.open(resume)
+        if settings:
+            directory.require_settings(settings)
+        config = directory.config()
+    else:
+        path = out or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        directory = RunDirectory.create(path, config)
+    _warn(config, console)
+    with TerminalProgress(console) as progress:
+        result = run_training(config, directory, cache=Cache(), progress=progress)
+    summary = summarise(result)
+    files.write_json(directory.path / "summary.json", summary)
+    console.print(f"run directory: {directory.path}", style="dim", highlight=False, soft_wrap=True)
+    return summary
+
+
+def _warn(config: RunConfig, console: Console) -> None:
+    if math.isinf(config.privacy.epsilon):
+        console.print("[bold red]NOT PRIVATE:[/] epsilon is infinite; updates carry no noise.")
+    if config.insecure_deterministic:
+        console.print("[bold red]NOT PRIVATE:[/] --insecure-deterministic: anybody can recompute the noise.")
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Drop what was not given, so that defaults live in one place (`config`)."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            if inner := _given(value):
+                kept[key] = inner
+        elif value is not None:
+            kept[key] = value
+    return kept

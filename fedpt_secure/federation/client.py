@@ -1,0 +1,200 @@
+"""One client: the only place where its records, its keys and its bare update exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedpt_secure.config import RunConfig
+from fedpt_secure.crypto import (
+    ClientPolicy,
+    FixedPointEncoding,
+    Identity,
+    Roster,
+    RoundContext,
+    SecAggClient,
+    default_threshold,
+)
+from fedpt_secure.errors import RoundError
+from fedpt_secure.federation.announcement import Announcement
+from fedpt_secure.federation.protocol_errors import as_round_error
+from fedpt_secure.lm.small import SmallLM
+from fedpt_secure.privacy import DpSgdSettings, GaussianSteps, Ledger, NoiseSource, SmallExample, train_locally
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTerms:
+    """What a client agreed to before the run; nothing the server says later changes it.
+
+    Attributes:
+        run_id: of the run it joined.
+        config: the run's configuration.
+        config_digest: SHA-256 of it.
+        noise_multiplier: calibrated to the budget over all rounds the client may be in.
+    """
+
+    run_id: bytes
+    config: RunConfig
+    config_digest: bytes
+    noise_multiplier: float
+
+
+class ClientWorker:
+    """A client over a whole run. Methods take and return the protocol's bytes, one call a phase.
+
+    The order within a round is `announce`, `share_keys`, `train_and_mask`, `confirm`, `unmask`, then `discard`,
+    whatever the round's end, and `settle` once the server has made its result durable.
+    """
+
+    def __init__(
+        self,
+        client_id: str,
+        examples: Sequence[SmallExample],
+        *,
+        terms: ClientTerms,
+        identity: Identity,
+        roster: Roster,
+        ledger: Ledger,
+        noise: Callable[[int], NoiseSource],
+    ) -> None:
+        """Join a run.
+
+        Args:
+            noise: round index -> the source of this round's noise; a fresh `SecureRandom` unless debugging.
+        """
+        self.client_id = client_id
+        self._examples = tuple(examples)
+        self._terms = terms
+        self._identity = identity
+        self._roster = roster
+        self._ledger = ledger
+        self._noise = noise
+        self._announcement: Announcement | None = None
+        self._protocol: SecAggClient | None = None
+
+    @property
+    def history(self) -> tuple[GaussianSteps, ...]:
+        """What the ledger says this client's data was used for."""
+        return self._ledger.history()
+
+    def announce(self, content: bytes, small: SmallLM) -> bytes:
+        """Check a round's announcement against the terms; answer with signed fresh keys.
+
+        Raises:
+            RoundError: the server proposes another run, other constants, or a round this client's policy forbids.
+        """
+        announcement = Announcement.from_bytes(content)
+        terms, federation = self._terms, self._terms.config.federation
+        if announcement.run_id != terms.run_id or announcement.config_digest != terms.config_digest:
+            raise RoundError("the server announced a round of another run or configuration than the one joined")
+        if not 0 <= announcement.round_index < federation.rounds:
+            raise RoundError(f"round {announcement.round_index} is not one of the {federation.rounds} agreed rounds")
+        vector = announcement.adapter_vector()
+        if vector.shape != (small.dimension,):
+            raise RoundError(f"announced adapter has {vector.size} entries, the agreed one has {small.dimension}")
+        context = RoundContext(
+            run_id=announcement.run_id,
+            round_index=announcement.round_index,
+            attempt=announcement.attempt,
+            cohort=announcement.cohort,
+            roster_digest=self._roster.digest,
+            model_digest=small.weights_digest(vector),
+            vector_length=small.dimension,
+            ring_bits=announcement.ring_bits,
+            threshold=announcement.threshold,
+            minimum_survivors=announcement.minimum_survivors,
+        )
+        policy = ClientPolicy(
+            minimum_cohort=federation.cohort,
+            minimum_threshold=default_threshold(federation.cohort),
+            minimum_survivors=federation.minimum_survivors or default_threshold(federation.cohort),
+        )
+        self._announcement = announcement
+        with as_round_error(f"client {self.client_id}"):
+            self._protocol = SecAggClient(
+                context=context,
+                identity=self._identity,
+                client_id=self.client_id,
+                roster=self._roster,
+                policy=policy,
+            )
+            return self._protocol.advertise()
+
+    def share_keys(self, directory: bytes) -> bytes:
+        """Verify everybody's signed keys; answer with sealed secret shares."""
+        with as_round_error(f"client {self.client_id}"):
+            return self._active.share_keys(directory)
+
+    def train_and_mask(self, inbox: bytes, small: SmallLM, *, on_example: Callable[[int], None]) -> bytes:
+        """Train, count the release in the ledger, then answer with the masked update.
+
+        A round that was interrupted after the release sends the same update again, under fresh masks.
+
+        Raises:
+            BudgetExceeded: the client's own budget would be passed; it declines.
+        """
+        update = self._update(small, on_example)
+        federation, training = self._terms.config.federation, self._terms.config.training
+        encoding = FixedPointEncoding(
+            ring_bits=federation.ring_bits, bound=training.update_bound, cohort=federation.cohort
+        )
+        with as_round_error(f"client {self.client_id}"):
+            return self._active.mask(inbox, encoding.encode(update))
+
+    def confirm(self, survivors: bytes) -> bytes:
+        """Sign the list of survivors that this client was shown."""
+        with as_round_error(f"client {self.client_id}"):
+            return self._active.confirm(survivors)
+
+    def unmask(self, confirmations: bytes) -> bytes:
+        """If enough clients were shown the same list, reveal one kind of share per peer."""
+        with as_round_error(f"client {self.client_id}"):
+            return self._active.unmask(confirmations)
+
+    def discard(self) -> None:
+        """Leave the round: wipe its keys. The update stays on the client's disk until `settle`."""
+        if self._protocol is not None:
+            self._protocol.discard()
+        self._protocol = self._announcement = None
+
+    def settle(self, rounds_done: int) -> None:
+        """The server has made the result of all rounds below `rounds_done` durable: drop their updates."""
+        self._ledger.settle(self._terms.run_id.hex(), rounds_done=rounds_done)
+
+    @property
+    def _active(self) -> SecAggClient:
+        if self._protocol is None:
+            raise RoundError(f"client {self.client_id} is in no round")
+        return self._protocol
+
+    def _update(self, small: SmallLM, on_example: Callable[[int], None]) -> npt.NDArray[np.float32]:
+        announcement = self._announcement
+        if announcement is None:
+            raise RoundError(f"client {self.client_id} is in no round")
+        run_id = self._terms.run_id.hex()
+        update = self._ledger.pending(run_id, announcement.round_index)
+        if update is not None:
+            return update
+        privacy, training = self._terms.config.privacy, self._terms.config.training
+        request = GaussianSteps(self._terms.noise_multiplier, privacy.sampling_rate, training.local_steps)
+        self._ledger.check(request)
+        small.load_adapter_vector(announcement.adapter_vector())
+        trained = train_locally(
+            small,
+            self._examples,
+            DpSgdSettings(
+                steps=training.local_steps,
+                sampling_rate=privacy.sampling_rate,
+                clip_norm=privacy.clip_norm,
+                noise_multiplier=self._terms.noise_multiplier,
+                normaliser=training.normaliser,
+                learning_rate=training.local_learning_rate,
+            ),
+            noise=self._noise(announcement.round_index),
+            on_example=on_example,
+        )
+        self._ledger.release(run_id, announcement.round_index, request, trained.vector)
+        return trained.vector

@@ -1,0 +1,63 @@
+"""Continue a prompt with a finished run's models."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedpt_secure.data import Cache
+from fedpt_secure.data.examples import PairTemplate
+from fedpt_secure.errors import ConfigError, RunDirectoryError
+from fedpt_secure.federation.run_directory import RunDirectory
+from fedpt_secure.federation.setup import load_models
+from fedpt_secure.progress import Progress
+from fedpt_secure.proxy import DecodingSettings
+from fedpt_secure.proxy import generate as decode
+
+
+def continuations(
+    directory: RunDirectory,
+    prompt: str,
+    *,
+    chat: bool,
+    alpha: float | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    cache: Cache,
+    progress: Progress,
+) -> dict[str, str]:
+    """The black box's own continuation (`base`) and the proxy-tuned one (`proxy_tuned`).
+
+    Args:
+        chat: wrap the prompt in the model's chat format.
+        alpha: weight of the shift; None for the run's.
+        seed: of the sampling, where the temperature is not 0; the choice of a token is no secret.
+
+    Raises:
+        RunDirectoryError: the run has no checkpoint yet.
+        ConfigError: an empty prompt, or a decoding setting out of its range.
+    """
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty", hint='fedpt-secure generate --run RUN "hey, how was"')
+    config = directory.config()
+    checkpoint = directory.load_checkpoint()
+    if checkpoint is None:
+        raise RunDirectoryError(f"{directory.path} has no checkpoint yet", hint="let it finish a round first")
+    models = load_models(config, cache=cache, progress=progress)
+    models.small.load_adapter_vector(checkpoint.tensors["adapter"])
+    tokenizer = models.tokenizer
+    ids = [tokenizer.separator_id, *tokenizer.ids(prompt)]
+    if chat:
+        template = PairTemplate.of(tokenizer)
+        ids = [tokenizer.separator_id, *template.opening, *tokenizer.ids(prompt), *template.turn]
+    texts = {}
+    for name, weight in (("base", 0.0), ("proxy_tuned", config.proxy.alpha if alpha is None else alpha)):
+        settings = DecodingSettings(alpha=weight, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+        tokens = []
+        with progress.task(f"decoding ({name})", max_new_tokens, unit="tokens") as task:
+            for token in decode(models.black_box(progress), models.pair, ids, settings, np.random.default_rng(seed)):
+                tokens.append(token)
+                task.advance()
+        texts[name] = tokenizer.text(tokens)
+    return texts

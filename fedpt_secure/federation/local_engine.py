@@ -1,0 +1,141 @@
+"""The local engine: all clients on this machine, one after the other, over the bytes that a network would carry."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedpt_secure.data.simulation import simulation_rng
+from fedpt_secure.errors import BudgetExceeded, RoundError
+from fedpt_secure.federation.client import ClientWorker
+from fedpt_secure.federation.server import AggregationServer, RoundAggregate
+from fedpt_secure.lm.small import SmallLM
+from fedpt_secure.progress import Progress, Task
+
+PHASES = ("advertise", "share_keys", "mask", "confirm", "unmask")
+
+
+@dataclass(slots=True)
+class Transcript:
+    """What a round looked like from outside: sizes, times, who fell silent where. No content, no secrets.
+
+    Attributes:
+        bytes_up, bytes_down: by client, summed over the round's phases.
+        seconds: by phase, all clients one after the other; `mask` holds their training.
+        dropped: client -> the phase it did not answer, and why.
+        rejected: messages the server refused.
+        aborted: why the round ended without a sum; empty where it completed.
+    """
+
+    round_index: int
+    cohort: tuple[str, ...]
+    bytes_up: dict[str, int] = field(default_factory=dict)
+    bytes_down: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    rejected: list[str] = field(default_factory=list)
+    survivors: tuple[str, ...] = ()
+    aborted: str = ""
+
+
+def draw_dropouts(cohort: Sequence[str], *, dropout: float, seed: int, round_index: int) -> dict[str, str]:
+    """Decide which clients vanish in a round and before answering which phase (a simulation of bad networks)."""
+    rng = simulation_rng("dropout", seed, str(round_index))
+    return {client: PHASES[rng.integers(len(PHASES))] for client in cohort if rng.random() < dropout}
+
+
+def run_round(
+    server: AggregationServer,
+    workers: Mapping[str, ClientWorker],
+    small: SmallLM,
+    *,
+    dropouts: Mapping[str, str],
+    progress: Progress,
+) -> tuple[RoundAggregate | None, Transcript]:
+    """Carry one round's bytes between the server and its cohort.
+
+    Args:
+        workers: the cohort's clients by id.
+        small: the model that simulated clients take turns to train; every client loads the announced adapter.
+        dropouts: client -> the phase before which it vanishes.
+
+    Returns the mean update, or None if the round was aborted, and the transcript.
+    """
+    transcript = Transcript(server.context.round_index, server.context.cohort)
+    carrier = _Carrier(server, workers, dropouts, transcript)
+    try:
+        with progress.task("clients", len(workers), unit="clients") as task:
+            aggregate = _phases(carrier, small, task)
+        transcript.survivors = aggregate.survivors
+    except RoundError as error:
+        aggregate = None
+        transcript.aborted = error.message
+    finally:
+        for worker in workers.values():
+            worker.discard()
+    transcript.rejected = list(server.rejected)
+    return aggregate, transcript
+
+
+def _phases(carrier: _Carrier, small: SmallLM, task: Task) -> RoundAggregate:
+    server = carrier.server
+    down: Mapping[str, bytes] = dict.fromkeys(carrier.workers, server.announcement)
+    carrier.phase("advertise", down, lambda worker, message: worker.announce(message, small))
+    down = dict.fromkeys(carrier.alive, server.publish_keys())
+    carrier.phase("share_keys", down, lambda worker, message: worker.share_keys(message))
+    down = server.route_shares()
+
+    def train(worker: ClientWorker, message: bytes) -> bytes:
+        answer = worker.train_and_mask(message, small, on_example=lambda count: None)
+        task.advance()
+        return answer
+
+    carrier.phase("mask", down, train)
+    down = dict.fromkeys(carrier.alive, server.publish_survivors())
+    carrier.phase("confirm", down, lambda worker, message: worker.confirm(message))
+    down = dict.fromkeys(carrier.alive, server.publish_confirmations())
+    carrier.phase("unmask", down, lambda worker, message: worker.unmask(message))
+    began = time.perf_counter()
+    aggregate = server.aggregate()
+    carrier.transcript.seconds["aggregate"] = time.perf_counter() - began
+    return aggregate
+
+
+@dataclass(slots=True)
+class _Carrier:
+    """Delivers one phase's messages, counts them, and notes who fell silent."""
+
+    server: AggregationServer
+    workers: Mapping[str, ClientWorker]
+    dropouts: Mapping[str, str]
+    transcript: Transcript
+
+    @property
+    def alive(self) -> list[str]:
+        return [client for client in self.workers if client not in self.transcript.dropped]
+
+    def phase(self, name: str, down: Mapping[str, bytes], answer: Callable[[ClientWorker, bytes], bytes]) -> None:
+        began = time.perf_counter()
+        for client in self.alive:
+            if client not in down:
+                self.transcript.dropped[client] = f"{name}: the server had nothing for it"
+                continue
+            message = down[client]
+            self._count(self.transcript.bytes_down, client, message)
+            if self.dropouts.get(client) == name:
+                self.transcript.dropped[client] = f"{name}: vanished"
+                continue
+            try:
+                response = answer(self.workers[client], message)
+            except (RoundError, BudgetExceeded) as error:
+                # A client that declines is silent to the others; its reason stays in the transcript.
+                self.transcript.dropped[client] = f"{name}: {error.message}"
+                continue
+            self._count(self.transcript.bytes_up, client, response)
+            self.server.receive(name, client, response)
+        self.transcript.seconds[name] = time.perf_counter() - began
+
+    @staticmethod
+    def _count(counter: dict[str, int], client: str, message: bytes) -> None:
+        counter[client] = counter.get(client, 0) + len(message)

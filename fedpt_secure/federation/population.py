@@ -1,0 +1,114 @@
+"""The simulated population: every client's worker, built from the prepared text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedpt_secure.config import RunConfig
+from fedpt_secure.crypto import Identity, Roster
+from fedpt_secure.data import FederatedText
+from fedpt_secure.errors import PrivacyError
+from fedpt_secure.federation.client import ClientTerms, ClientWorker
+from fedpt_secure.federation.run_directory import RunDirectory
+from fedpt_secure.federation.schedule import participations
+from fedpt_secure.privacy import (
+    InsecureDeterministicRandom,
+    Ledger,
+    NoiseSource,
+    SecureRandom,
+    SmallExample,
+    calibrate_noise,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Population:
+    """All clients of a run and the keys they know each other by.
+
+    Attributes:
+        workers: client id -> worker.
+        roster: every client's verify key, as distributed out of band.
+        terms: what all of them agreed to.
+    """
+
+    workers: Mapping[str, ClientWorker]
+    roster: Roster
+    terms: ClientTerms
+
+
+def config_digest(config: RunConfig) -> bytes:
+    """SHA-256 of the resolved configuration: what server and clients agree on before the first round."""
+    return hashlib.sha256(config.to_toml().encode()).digest()
+
+
+def calibrate(config: RunConfig, schedule: Sequence[Sequence[str]], largest_client: int) -> float:
+    """The noise multiplier that keeps every client within the run's epsilon, or a refusal before anything is trained.
+
+    Args:
+        largest_client: the most training records of any client.
+
+    Raises:
+        PrivacyError: the promise is meaningless (delta too large) or cannot be met.
+    """
+    privacy = config.privacy
+    if privacy.epsilon == float("inf"):
+        return 0.0
+    if privacy.delta * largest_client >= 1:
+        raise PrivacyError(
+            f"delta {privacy.delta:g} is not below 1/{largest_client}, one over the largest client's records: such a "
+            "promise allows publishing a record outright",
+            hint=f"--delta {0.1 / largest_client:.1g}",
+        )
+    most = max(participations(schedule).values())
+    return calibrate_noise(
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        sampling_rate=privacy.sampling_rate,
+        steps=most * config.training.local_steps,
+    )
+
+
+def build_population(
+    config: RunConfig,
+    text: FederatedText,
+    examples: Mapping[str, Sequence[SmallExample]],
+    *,
+    run_id: bytes,
+    noise_multiplier: float,
+    directory: RunDirectory,
+) -> Population:
+    """Give every client its identity, ledger and noise source."""
+    terms = ClientTerms(run_id, config, config_digest(config), noise_multiplier)
+    identities = {client.client_id: Identity.generate() for client in text.clients}
+    roster = Roster({client_id: identity.verify_key_bytes for client_id, identity in identities.items()})
+    workers = {
+        client.client_id: ClientWorker(
+            client.client_id,
+            examples[client.client_id],
+            terms=terms,
+            identity=identities[client.client_id],
+            roster=roster,
+            ledger=Ledger(
+                directory.client_directory(index), epsilon=config.privacy.epsilon, delta=config.privacy.delta
+            ),
+            noise=_noise_factory(config, client.client_id),
+        )
+        for index, client in enumerate(text.clients)
+    }
+    return Population(workers, roster, terms)
+
+
+class _noise_factory:
+    """Fresh secure noise for each round, or, only where the run is marked as not private, noise from the seed."""
+
+    def __init__(self, config: RunConfig, client_id: str) -> None:
+        self._deterministic = config.insecure_deterministic
+        self._seed = config.seed
+        self._client_id = client_id
+
+    def __call__(self, round_index: int) -> NoiseSource:
+        if self._deterministic:
+            return InsecureDeterministicRandom(self._seed, "noise", self._client_id, round_index)
+        return SecureRandom()

@@ -1,0 +1,256 @@
+"""One run, from configuration to summary. The reader's entry to the federation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+from fedpt_secure import files
+from fedpt_secure.config import RunConfig
+from fedpt_secure.data import Cache, Example, FederatedText, encode, load_federated_text
+from fedpt_secure.data.simulation import simulation_rng
+from fedpt_secure.errors import RoundError, RunDirectoryError
+from fedpt_secure.evaluation import ArmsEvaluation, evaluate_arms, small_loss
+from fedpt_secure.federation.local_engine import Transcript, draw_dropouts, run_round
+from fedpt_secure.federation.population import Population, build_population, calibrate
+from fedpt_secure.federation.run_directory import Checkpoint, RunDirectory, new_run_id
+from fedpt_secure.federation.schedule import cohort_schedule
+from fedpt_secure.federation.server import AggregationServer
+from fedpt_secure.federation.server_optimizer import ServerOptimizer
+from fedpt_secure.federation.setup import RunModels, load_models
+from fedpt_secure.privacy import PrivacyStatement, SmallExample, local_statement
+from fedpt_secure.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a finished run yields; `report` turns it into `summary.json` and tables.
+
+    Attributes:
+        statement: the privacy statement over what the clients' ledgers say was spent.
+        evaluation: losses of the four arms on held-out records.
+        transcripts: one entry per round, as in `transcript.jsonl`.
+        seconds: wall time by phase of the run, restarts included.
+        clients: number of clients; `dimension`: number of trained parameters.
+    """
+
+    config: RunConfig
+    text: FederatedText
+    statement: PrivacyStatement
+    evaluation: ArmsEvaluation
+    transcripts: Sequence[Mapping[str, Any]]
+    seconds: Mapping[str, float]
+    dimension: int
+    large_name: str
+
+
+@dataclass(slots=True)
+class _State:
+    """What changes from round to round."""
+
+    run_id: bytes
+    rounds_done: int
+    optimizer: ServerOptimizer
+    seconds: dict[str, float]
+
+
+def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, progress: Progress) -> RunResult:
+    """Train, or go on from the directory's checkpoint, then evaluate once.
+
+    Raises:
+        FedptError: settings, data, models or privacy that do not fit; before training wherever that can be known.
+        RoundError: every round was aborted.
+    """
+    began = time.perf_counter()
+    # 1. Data, models, and the noise that the promise needs: whatever can fail, fails before anything is trained.
+    text = load_federated_text(config.data, seed=config.seed, cache=cache, progress=progress)
+    schedule = cohort_schedule(
+        text.client_ids, rounds=config.federation.rounds, cohort=config.federation.cohort, seed=config.seed
+    )
+    noise_multiplier = calibrate(config, schedule, max(len(client.train) for client in text.clients))
+    models = load_models(config, cache=cache, progress=progress)
+    small = models.small
+    train, held_out = _encode(text, models, config)
+    state = _restore(directory, config, text, models)
+    population = build_population(
+        config, text, train, run_id=state.run_id, noise_multiplier=noise_multiplier, directory=directory
+    )
+    for worker in population.workers.values():
+        worker.settle(state.rounds_done)
+    attempt = directory.count_start()
+    state.seconds["prepare"] = state.seconds.get("prepare", 0.0) + time.perf_counter() - began
+
+    # 2. Rounds.
+    with progress.task("rounds", config.federation.rounds, unit="rounds") as bar:
+        bar.advance(state.rounds_done)
+        for round_index in range(state.rounds_done, config.federation.rounds):
+            began = time.perf_counter()
+            transcript = _round(
+                config, state, models, population, schedule[round_index], round_index, attempt, progress
+            )
+            loss = small_loss(models.pair, _sample(held_out, 64, config.seed))
+            state.rounds_done = round_index + 1
+            state.seconds["rounds"] = state.seconds.get("rounds", 0.0) + time.perf_counter() - began
+            directory.append("transcript", {"round": round_index} | asdict(transcript))
+            directory.append(
+                "metrics",
+                {"round": round_index, "small_tuned_loss": loss, "aborted": bool(transcript.aborted)},
+            )
+            _save(directory, state, text, models)
+            for client in schedule[round_index]:
+                population.workers[client].settle(state.rounds_done)
+            bar.advance()
+            bar.describe(f"small LM held-out loss {loss:.3f}" + (" (round aborted)" if transcript.aborted else ""))
+
+    transcripts = directory.read_log("transcript")
+    if all(line["aborted"] for line in transcripts):
+        raise RoundError(
+            f"all {len(transcripts)} rounds were aborted; the last because: {transcripts[-1]['aborted']}",
+            hint="fewer dropouts, larger cohorts, or a smaller --minimum-survivors",
+        )
+    statement = local_statement(
+        {client: worker.history for client, worker in population.workers.items()},
+        delta=config.privacy.delta,
+        clip_norm=config.privacy.clip_norm,
+        noise_is_private=not config.insecure_deterministic,
+    )
+    files.write_json(directory.path / "privacy.json", statement.to_json())
+    small.save_adapter(directory.adapter)
+
+    # 3. One look at the held-out records, by all four arms.
+    began = time.perf_counter()
+    evaluation = evaluate_arms(
+        _sample(held_out, config.evaluation.records, config.seed),
+        models.black_box(progress),
+        models.pair,
+        alphas=[config.proxy.alpha],
+        progress=progress,
+    )
+    state.seconds["evaluation"] = time.perf_counter() - began
+    return RunResult(
+        config=config,
+        text=text,
+        statement=statement,
+        evaluation=evaluation,
+        transcripts=transcripts,
+        seconds=dict(state.seconds),
+        dimension=small.dimension,
+        large_name=models.large_name,
+    )
+
+
+def _round(
+    config: RunConfig,
+    state: _State,
+    models: RunModels,
+    population: Population,
+    cohort: tuple[str, ...],
+    round_index: int,
+    attempt: int,
+    progress: Progress,
+) -> Transcript:
+    """One round: the cohort's mean update, then the server's step, then distillation if it is on."""
+    small = models.small
+    adapter = small.adapter_vector()
+    server = AggregationServer(
+        config=config,
+        config_digest=population.terms.config_digest,
+        run_id=state.run_id,
+        round_index=round_index,
+        attempt=attempt,
+        cohort=cohort,
+        roster=population.roster,
+        adapter=adapter,
+        model_digest=small.weights_digest(adapter),
+    )
+    aggregate, transcript = run_round(
+        server,
+        {client: population.workers[client] for client in cohort},
+        small,
+        dropouts=draw_dropouts(cohort, dropout=config.federation.dropout, seed=config.seed, round_index=round_index),
+        progress=progress,
+    )
+    small.load_adapter_vector(adapter)
+    if aggregate is not None:
+        moved, state.optimizer = state.optimizer.apply(adapter, aggregate.mean_update)
+        small.load_adapter_vector(moved)
+        if config.proxy.distill_steps:
+            models.distil(config, round_index, progress)
+    return transcript
+
+
+def _encode(
+    text: FederatedText, models: RunModels, config: RunConfig
+) -> tuple[dict[str, list[SmallExample]], list[Example]]:
+    """Token ids: training examples in the small LM's vocabulary by client, held-out ones in the large LM's."""
+    length = config.models.context_length
+    train = {
+        client.client_id: [
+            SmallExample(tuple(models.small.token_map.to_small(example.ids)), example.loss_from)
+            for example in (encode(record, models.tokenizer, context_length=length) for record in client.train)
+        ]
+        for client in text.clients
+    }
+    held_out = [
+        encode(record, models.tokenizer, context_length=length) for client in text.clients for record in client.held_out
+    ]
+    return train, held_out
+
+
+def _sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    chosen = simulation_rng("evaluation sample", seed).permutation(len(examples))[:count]
+    return [examples[index] for index in sorted(chosen)]
+
+
+def _restore(directory: RunDirectory, config: RunConfig, text: FederatedText, models: RunModels) -> _State:
+    """The state after the last checkpoint, or the state before the first round, saved."""
+    training = config.training
+    checkpoint = directory.load_checkpoint()
+    if checkpoint is None:
+        optimizer = ServerOptimizer.fresh(
+            training.server_optimizer,
+            learning_rate=training.server_learning_rate,
+            momentum=training.server_momentum,
+            dimension=models.small.dimension,
+        )
+        state = _State(new_run_id(), 0, optimizer, {})
+        _save(directory, state, text, models)
+    else:
+        if checkpoint.data_digest != text.digest or checkpoint.model_digest != models.small.digest:
+            what = "text" if checkpoint.data_digest != text.digest else "small LM"
+            raise RunDirectoryError(
+                f"{directory.path} was trained on another {what} than the one found now",
+                hint="restore it, or start a new run",
+            )
+        models.small.load_adapter_vector(checkpoint.tensors["adapter"])
+        optimizer = ServerOptimizer(
+            training.server_optimizer,
+            training.server_learning_rate,
+            training.server_momentum,
+            checkpoint.tensors["first_moment"],
+            checkpoint.tensors["second_moment"],
+            int(checkpoint.scalars["optimizer_steps"]),
+        )
+        state = _State(checkpoint.run_id, checkpoint.rounds_done, optimizer, dict(checkpoint.scalars["seconds"]))
+    directory.cut_logs(state.rounds_done)
+    return state
+
+
+def _save(directory: RunDirectory, state: _State, text: FederatedText, models: RunModels) -> None:
+    directory.save_checkpoint(
+        Checkpoint(
+            run_id=state.run_id,
+            rounds_done=state.rounds_done,
+            data_digest=text.digest,
+            model_digest=models.small.digest,
+            tensors={
+                "adapter": models.small.adapter_vector(),
+                "first_moment": state.optimizer.first_moment,
+                "second_moment": state.optimizer.second_moment,
+            },
+            scalars={"optimizer_steps": state.optimizer.steps, "seconds": state.seconds},
+        )
+    )
