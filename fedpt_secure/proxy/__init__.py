@@ -11,6 +11,13 @@ from fedpt_secure.proxy.arithmetic import (
 )
 from fedpt_secure.proxy.black_box import BlackBoxLM, Capabilities, GuardedBlackBox, Session, guard
 from fedpt_secure.proxy.decoding import DecodingSettings, generate
+from fedpt_secure.proxy.distillation import (
+    DistillationReport,
+    PublicAnswers,
+    PublicText,
+    ask_black_box,
+    distil,
+)
 from fedpt_secure.proxy.local_transformers import LocalTransformersLM
 from fedpt_secure.proxy.small_pair import SmallPair, SmallSession
 
@@ -19,11 +26,16 @@ __all__ = [
     "BlackBoxLM",
     "Capabilities",
     "DecodingSettings",
+    "DistillationReport",
     "GuardedBlackBox",
     "LocalTransformersLM",
+    "PublicAnswers",
+    "PublicText",
     "Session",
     "SmallPair",
     "SmallSession",
+    "ask_black_box",
+    "distil",
     "generate",
     "guard",
     "restricted_logprobs",

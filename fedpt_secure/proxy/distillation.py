@@ -1,0 +1,277 @@
+"""FedPT's last step: the proxied large LM teaches the small one, on public text.
+
+After a round the server holds a differentially private aggregate, the small LM tuned by it, and a black box. The
+proxied large LM knows more than the small one; distilling it back gives the next round a better start (Gao et al.,
+arXiv 2410.00362, step 5).
+
+**Privacy.** What enters here is the aggregate, which is differentially private already, public text and the public
+large model; no private record does. The step is post-processing and costs no budget. It would stop being so the moment
+private data chose the text, the number of steps or whether to keep the result. The types help: text enters as
+`PublicText`, which can be built from token ids and a named source only, and the steps are fixed before the first.
+
+**Loss.** Per position, KL(teacher || small LM) over the small classes at a temperature T, times T^2 (Hinton et al.
+2015, arXiv 1503.02531). The teacher is the proxied large LM *of the round's aggregate*, summed up over the small
+classes: a mapped token keeps its probability, the unknown class has that of all tokens outside the map. Only the
+parameters that federated training trains are changed, so the adapter stays one thing with one history.
+
+The black box is asked once per text (`ask_black_box`), whatever the number of rounds; the answers are kept in memory as
+float16 over the small classes: `2 * small_vocabulary` bytes a token (16 KiB for 8,192 classes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from fedpt_secure.errors import ConfigError, DataError, ModelError
+from fedpt_secure.lm.token_map import TokenMap
+from fedpt_secure.progress import SILENT, Progress
+from fedpt_secure.proxy.adapter_pair import AdapterPair, evaluating
+from fedpt_secure.proxy.arithmetic import restricted_logprobs, tuning_shift
+from fedpt_secure.proxy.black_box import BlackBoxLM, guard
+
+_HELD_OUT_FRACTION = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class PublicText:
+    """Text that is nobody's secret, cut by the large tokenizer.
+
+    Attributes:
+        source: what it is and under which licence; stands in the report.
+        sequences: large token ids, each opened by the separator; at least two sequences, none empty.
+
+    Raises:
+        DataError: the source is not named, or there are fewer than two sequences, or one is empty.
+    """
+
+    source: str
+    sequences: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.source.strip():
+            raise DataError("public text needs its source named", hint="say what it is and under which licence")
+        if len(self.sequences) < 2 or not all(self.sequences):
+            raise DataError(
+                f"public text needs two sequences or more, none empty; {self.source} gave {len(self.sequences)}",
+                hint="one part teaches, another part measures",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PublicAnswers:
+    """What the black box says about a public text, as far as the small vocabulary can express it.
+
+    Attributes:
+        source: the text's.
+        token_map: whose small classes are meant.
+        small_ids: the text in small ids, sequence by sequence.
+        classes: per sequence, the log-probability of each small class after each position: float16 `[len, v]`.
+    """
+
+    source: str
+    token_map: TokenMap
+    small_ids: tuple[tuple[int, ...], ...]
+    classes: tuple[Tensor, ...]
+
+    @property
+    def size_in_bytes(self) -> int:
+        """The memory the answers take."""
+        return sum(answer.numel() * answer.element_size() for answer in self.classes)
+
+
+@dataclass(frozen=True, slots=True)
+class DistillationReport:
+    """What a distillation did.
+
+    Attributes:
+        source: the public text's.
+        steps: optimiser steps made.
+        tokens: positions learned from, repeats counted.
+        held_out_tokens: positions measured on, never learned from.
+        divergence_before: KL(teacher || small LM) on the held-out positions at temperature 1, nats per position.
+        divergence_after: the same after the last step.
+    """
+
+    source: str
+    steps: int
+    tokens: int
+    held_out_tokens: int
+    divergence_before: float
+    divergence_after: float
+
+
+def ask_black_box(
+    black_box: BlackBoxLM, token_map: TokenMap, text: PublicText, progress: Progress = SILENT
+) -> PublicAnswers:
+    """Query the black box once for every position of a public text.
+
+    Raises:
+        BlackBoxError: it cannot score whole texts over the full vocabulary, or misbehaves.
+        ModelError: the text has ids outside the large vocabulary.
+    """
+    order = sorted(range(len(text.sequences)), key=lambda index: -len(text.sequences[index]))
+    answers: list[Tensor] = [torch.empty(0)] * len(order)
+    with progress.task("black box on public text", sum(map(len, text.sequences)), unit="tokens") as task:
+        scored = guard(black_box).score([text.sequences[index] for index in order])
+        for index, dense in zip(order, scored, strict=True):
+            answers[index] = restricted_logprobs(dense, token_map).to("cpu", torch.float16)
+            task.advance(len(dense))
+    small_ids = tuple(tuple(token_map.to_small(sequence)) for sequence in text.sequences)
+    return PublicAnswers(text.source, token_map, small_ids, tuple(answers))
+
+
+def distil(
+    model: PeftModel,
+    answers: PublicAnswers,
+    *,
+    alpha: float,
+    steps: int,
+    learning_rate: float,
+    temperature: float = 1.0,
+    batch_sequences: int = 16,
+    seed: int,
+    progress: Progress = SILENT,
+) -> DistillationReport:
+    """Teach the small LM what its own proxied large LM says about public text. Changes the adapter in place.
+
+    Guarantees: only trainable parameters change, and the same ones stay trainable; the same seed, adapter and answers
+    give the same result on one machine; if anything fails, the adapter is as it was.
+
+    Args:
+        model: the small LM with the round's aggregate in its adapter; its trainable parameters are taught.
+        answers: from `ask_black_box`.
+        alpha: strength of the proxy that teaches.
+        steps: Adam steps, fixed beforehand.
+        learning_rate: Adam's; the others of its constants are the usual ones.
+        temperature: softens teacher and student while learning.
+        batch_sequences: sequences a step.
+        seed: chooses the held-out tenth and the order of the rest. The text is public, so this is no secret.
+        progress: a bar that counts steps.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+        ModelError: the model has no trainable parameter, does not fit the token map, or diverges.
+    """
+    _check(alpha=alpha, steps=steps, learning_rate=learning_rate, temperature=temperature, batch=batch_sequences)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ModelError("the small LM has no trainable parameter to distil into")
+    rng = np.random.default_rng([seed, 0x64697374])  # ASCII "dist": apart from other generators of the same seed
+    held_out, schedule = _split(len(answers.small_ids), steps, batch_sequences, rng)
+    teacher = _Teacher(model, answers, alpha, [*held_out, *np.unique(schedule).tolist()])
+    before = [parameter.detach().clone() for parameter in trainable]
+    optimizer = torch.optim.Adam(trainable, lr=learning_rate)
+    try:
+        divergence_before = _held_out_divergence(model, teacher, held_out)
+        with progress.task("distillation", steps, unit="steps") as task, evaluating(model):
+            for batch in schedule:
+                optimizer.zero_grad(set_to_none=True)
+                loss = _divergence(model, teacher, batch, temperature)
+                if not bool(torch.isfinite(loss)):
+                    raise _diverged()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                task.describe(f"{loss.item():.3f} nats")
+                task.advance()
+        divergence_after = _held_out_divergence(model, teacher, held_out)
+        if not math.isfinite(divergence_after):
+            raise _diverged()
+    except BaseException:
+        with torch.no_grad():
+            for parameter, value in zip(trainable, before, strict=True):
+                parameter.copy_(value)
+        raise
+    finally:
+        # Federated training that follows must not find these gradients.
+        optimizer.zero_grad(set_to_none=True)
+    return DistillationReport(
+        source=answers.source,
+        steps=steps,
+        tokens=sum(len(answers.small_ids[index]) for batch in schedule for index in batch),
+        held_out_tokens=sum(len(answers.small_ids[index]) for index in held_out),
+        divergence_before=divergence_before,
+        divergence_after=divergence_after,
+    )
+
+
+class _Teacher:
+    """The proxied large LM over the small classes, frozen at the adapter it was made with."""
+
+    def __init__(self, model: PeftModel, answers: PublicAnswers, alpha: float, indices: Sequence[int]) -> None:
+        self.ids = answers.small_ids
+        self.width = answers.token_map.small_vocabulary_size
+        self.logprobs: dict[int, Tensor] = {}
+        # Sequences of similar length share a batch.
+        ordered = sorted(indices, key=lambda index: -len(answers.small_ids[index]))
+        pair = AdapterPair(model, answers.token_map)
+        for index, (base, tuned) in zip(ordered, pair.score([self.ids[i] for i in ordered]), strict=True):
+            shift = tuning_shift(base, tuned, answers.token_map).cpu()
+            proxied = torch.log_softmax(answers.classes[index].float() + alpha * shift, dim=-1)
+            self.logprobs[index] = proxied.half()
+
+
+def _divergence(model: PeftModel, teacher: _Teacher, batch: Sequence[int], temperature: float) -> Tensor:
+    """Mean over the batch's positions of T^2 KL(teacher_T || student_T), in nats."""
+    device = model.device
+    longest = max(len(teacher.ids[index]) for index in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    mask = torch.zeros(len(batch), longest, dtype=torch.int64)
+    for row, index in enumerate(batch):
+        length = len(teacher.ids[index])
+        ids[row, :length] = torch.as_tensor(teacher.ids[index])
+        mask[row, :length] = 1
+    mask = mask.to(device)
+    logits = model(input_ids=ids.to(device), attention_mask=mask, use_cache=False).logits
+    student = torch.log_softmax(logits[mask.bool()][:, : teacher.width].float() / temperature, dim=-1)
+    target = torch.cat([teacher.logprobs[index] for index in batch]).to(device).float()
+    target = torch.log_softmax(target / temperature, dim=-1)
+    # A class the API excludes has probability 0 and costs nothing; 0 * (-inf) would be NaN.
+    terms = torch.where(torch.isneginf(target), 0.0, target.exp() * (target - student))
+    return terms.sum() / len(target) * temperature**2
+
+
+def _held_out_divergence(model: PeftModel, teacher: _Teacher, held_out: Sequence[int]) -> float:
+    positions = [len(teacher.ids[index]) for index in held_out]
+    with torch.no_grad(), evaluating(model):
+        each = [float(_divergence(model, teacher, [index], 1.0)) for index in held_out]
+    return math.fsum(length * value for length, value in zip(positions, each, strict=True)) / sum(positions)
+
+
+def _split(
+    sequences: int, steps: int, batch_sequences: int, rng: np.random.Generator
+) -> tuple[list[int], list[list[int]]]:
+    """The held-out sequences, and for each step those it learns from: epoch after epoch, each in a new order."""
+    order = rng.permutation(sequences)
+    held_out = max(1, round(sequences * _HELD_OUT_FRACTION))
+    learned = order[held_out:]
+
+    def stream() -> Iterator[int]:
+        while True:
+            yield from rng.permutation(learned).tolist()
+
+    source = stream()
+    batch = min(batch_sequences, len(learned))
+    return sorted(order[:held_out].tolist()), [[next(source) for _ in range(batch)] for _ in range(steps)]
+
+
+def _check(*, alpha: float, steps: int, learning_rate: float, temperature: float, batch: int) -> None:
+    for name, value, rule, holds in (
+        ("alpha", alpha, "a finite number", math.isfinite(alpha)),
+        ("steps", steps, "at least 1", steps >= 1),
+        ("learning_rate", learning_rate, "a finite positive number", 0 < learning_rate < math.inf),
+        ("temperature", temperature, "a finite positive number", 0 < temperature < math.inf),
+        ("batch_sequences", batch, "at least 1", batch >= 1),
+    ):
+        if not holds:
+            raise ConfigError(f"distillation: {name} is {value}; it must be {rule}")
+
+
+def _diverged() -> ModelError:
+    return ModelError("distillation diverged; the adapter is as it was before", hint="lower the learning rate")
