@@ -61,7 +61,7 @@ def as64(*values):
 
 
 @given(cases(), st.floats(-2, 2), st.sampled_from(["unknown", "zero"]))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_the_proxied_distribution_is_the_definition(case, alpha, outside):
     token_map, large, base, tuned = case
     got = shifted_logprobs(*as64(large, base, tuned), token_map, alpha, outside=outside).exp().tolist()
@@ -69,7 +69,7 @@ def test_the_proxied_distribution_is_the_definition(case, alpha, outside):
 
 
 @given(cases(), st.lists(st.floats(-2, 2), min_size=1, max_size=3), st.sampled_from(["unknown", "zero"]))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_the_cheap_token_logprobs_equal_the_full_distribution_at_the_token(case, alphas, outside):
     token_map, large, base, tuned = case
     size = token_map.large_vocabulary_size
@@ -121,6 +121,17 @@ def test_where_the_large_agrees_with_the_base_alpha_one_gives_the_tuned_classes_
     torch.testing.assert_close(proxied, tuned.log_softmax(-1), rtol=0, atol=1e-12)
     zero = restricted_logprobs(shifted_logprobs(large, base, tuned, token_map, 1.0, outside="zero"), token_map)
     assert (zero - tuned.log_softmax(-1)).abs().max() > 0.3
+
+
+def test_the_full_proxied_distribution_reveals_the_tuned_small_model():
+    """Why proxy tuning adds no privacy: who sees both full distributions solves for the tuned model."""
+    rng = np.random.default_rng(3)
+    token_map = TokenMap([4, -1, 1, 0], 7)
+    large = torch.from_numpy(rng.normal(0, 2, 7)).log_softmax(-1)
+    base, tuned = torch.from_numpy(rng.normal(0, 2, (2, 4)))
+    proxied = shifted_logprobs(large, base, tuned, token_map, 0.5)
+    moved = (restricted_logprobs(proxied, token_map) - restricted_logprobs(large, token_map)) / 0.5
+    torch.testing.assert_close((base + moved).log_softmax(-1), tuned.log_softmax(-1), rtol=0, atol=1e-12)
 
 
 def test_outside_tokens_keep_the_large_models_proportions():
