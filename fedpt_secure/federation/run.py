@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
+import torch
+
 from fedpt_secure import files
 from fedpt_secure.config import RunConfig
-from fedpt_secure.data import Cache, Example, FederatedText, encode, load_federated_text
+from fedpt_secure.data import Cache, FederatedText, load_federated_text
+from fedpt_secure.data.examples import Example, encode
 from fedpt_secure.data.simulation import simulation_rng
 from fedpt_secure.errors import RoundError, RunDirectoryError
-from fedpt_secure.evaluation import ArmsEvaluation, evaluate_arms, small_loss
+from fedpt_secure.evaluation import ArmsEvaluation, evaluate_arms
 from fedpt_secure.federation.local_engine import Transcript, draw_dropouts, run_round
 from fedpt_secure.federation.population import Population, build_population, calibrate
 from fedpt_secure.federation.run_directory import Checkpoint, RunDirectory, new_run_id
@@ -21,8 +24,11 @@ from fedpt_secure.federation.schedule import cohort_schedule
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.federation.server_optimizer import ServerOptimizer
 from fedpt_secure.federation.setup import RunModels, load_models
-from fedpt_secure.privacy import PrivacyStatement, SmallExample, local_statement
+from fedpt_secure.privacy import PrivacyStatement, SmallExample, example_losses, local_statement
 from fedpt_secure.progress import Progress
+
+
+WATCHED_RECORDS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class RunResult:
     transcripts: Sequence[Mapping[str, Any]]
     seconds: Mapping[str, float]
     dimension: int
-    large_name: str
+    large_source: str
 
 
 @dataclass(slots=True)
@@ -83,7 +89,8 @@ def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, pr
     attempt = directory.count_start()
     state.seconds["prepare"] = state.seconds.get("prepare", 0.0) + time.perf_counter() - began
 
-    # 2. Rounds.
+    # 2. Rounds. The loss shown after each is of held-out records; nothing is decided by it.
+    watched = _sample(held_out, WATCHED_RECORDS, config.seed)
     with progress.task("rounds", config.federation.rounds, unit="rounds") as bar:
         bar.advance(state.rounds_done)
         for round_index in range(state.rounds_done, config.federation.rounds):
@@ -91,7 +98,7 @@ def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, pr
             transcript = _round(
                 config, state, models, population, schedule[round_index], round_index, attempt, progress
             )
-            loss = small_loss(models.pair, _sample(held_out, 64, config.seed))
+            loss = _small_loss(models, watched)
             state.rounds_done = round_index + 1
             state.seconds["rounds"] = state.seconds.get("rounds", 0.0) + time.perf_counter() - began
             directory.append("transcript", {"round": round_index} | asdict(transcript))
@@ -138,7 +145,7 @@ def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, pr
         transcripts=transcripts,
         seconds=dict(state.seconds),
         dimension=small.dimension,
-        large_name=models.large_name,
+        large_source=models.weights.source,
     )
 
 
@@ -198,6 +205,15 @@ def _encode(
         encode(record, models.tokenizer, context_length=length) for client in text.clients for record in client.held_out
     ]
     return train, held_out
+
+
+def _small_loss(models: RunModels, examples: Sequence[Example]) -> float:
+    """Mean over records of the tuned small LM's loss, in its own vocabulary; a sign of life after each round."""
+    small = models.small
+    converted = [SmallExample(tuple(small.token_map.to_small(item.ids)), item.loss_from) for item in examples]
+    with torch.inference_mode():
+        losses = [example_losses(small, converted[at : at + 32]) for at in range(0, len(converted), 32)]
+    return float(torch.cat(losses).mean())
 
 
 def _sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from fedpt_secure.config import RunConfig
-from fedpt_secure.data import Cache, TextTokenizer
+from fedpt_secure.data import Cache
+from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.lm.devices import resolve_device
 from fedpt_secure.lm.large_weights import LargeWeights, resolve_large
 from fedpt_secure.lm.small import SmallLM, load_base
-from fedpt_secure.lm.vocabulary import Vocabulary
+from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
 from fedpt_secure.progress import Progress
 from fedpt_secure.proxy import AdapterPair, BlackBoxLM, LocalTransformersLM, guard
 
@@ -29,7 +32,7 @@ class RunModels:
     small: SmallLM
     pair: AdapterPair
     weights: LargeWeights
-    device: str
+    device: torch.device
     _black_box: BlackBoxLM | None = field(default=None)
 
     def black_box(self, progress: Progress) -> BlackBoxLM:
@@ -46,10 +49,10 @@ def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunMo
     Raises:
         ModelError: weights missing, corrupt, or of different tokenizers.
     """
-    weights = resolve_large(config.models.large, cache, progress)
-    vocabulary = Vocabulary.from_file(weights.path / "tokenizer.json")
-    separator = vocabulary.tokens[vocabulary.separator_id]
-    tokenizer = TextTokenizer.from_directory(weights.path, separator=separator)
+    weights = resolve_large(config.models.large, cache=cache, progress=progress)
+    backend = load_tokenizer(weights.path / "tokenizer.json")
+    vocabulary = Vocabulary.from_tokenizer(backend)
+    tokenizer = TextTokenizer(backend, separator_id=vocabulary.separator_id)
     device = resolve_device(config.models.device)
     small = SmallLM(load_base(config.models.small, vocabulary), config.lora, seed=config.seed, device=device)
     return RunModels(
@@ -58,5 +61,5 @@ def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunMo
         small=small,
         pair=AdapterPair(small.model, small.token_map),
         weights=weights,
-        device=str(device),
+        device=device,
     )

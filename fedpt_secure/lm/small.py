@@ -69,7 +69,7 @@ class SmallLM:
             )
         config = LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.scale * lora.rank,
+            lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]  # PEFT divides it by the rank again
             target_modules=list(lora.modules),
             layers_to_transform=list(range(layers - lora.layers, layers)) if lora.layers else None,
             lora_dropout=0.0,

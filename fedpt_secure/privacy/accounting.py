@@ -25,6 +25,7 @@ SMALLEST_NOISE_MULTIPLIER = 0.2
 _CALIBRATION_STEP = 1.001  # noise multipliers are searched on a geometric grid this fine
 _DISCRETISATION = 1e-4  # of the privacy loss; any value gives an upper bound, a finer one a tighter bound
 _SEARCH_DISCRETISATION = 1e-3
+_ORDERS = (*range(2, 65), 128, 256, 512)
 _LARGEST_TIGHT_EPSILON = 100.0
 """Above this Renyi bound (Mironov 2017; also an upper bound) the tight accountant is not asked: its grid grows with the
 privacy loss, and nobody chooses between an epsilon of 100 and one of 120."""
@@ -75,7 +76,7 @@ def epsilon_spent(spent: tuple[GaussianSteps, ...], *, delta: float, discretisat
     with warnings.catch_warnings():
         # It advises more orders where the last one is best; here it only decides whether to look closer.
         warnings.simplefilter("ignore", UserWarning)
-        coarse = _compose(rdp.RdpAccountant(), events).get_epsilon(delta)
+        coarse = _compose(rdp.RdpAccountant(_ORDERS), events).get_epsilon(delta)
     if coarse > _LARGEST_TIGHT_EPSILON:
         return float(coarse)
     tight = pld.PLDAccountant(
@@ -124,7 +125,7 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
 
 
 def _noise_multiplier(exponent: int) -> float:
-    return SMALLEST_NOISE_MULTIPLIER * _CALIBRATION_STEP**exponent
+    return SMALLEST_NOISE_MULTIPLIER * float(_CALIBRATION_STEP**exponent)
 
 
 def _event(spent: GaussianSteps) -> dp_accounting.DpEvent:
@@ -155,7 +156,7 @@ def round_up(epsilon: float, digits: int = 3) -> float:
     """Round an epsilon for printing, never down."""
     if not math.isfinite(epsilon):
         return epsilon
-    scale = 10**digits
+    scale: float = 10.0**digits
     return math.ceil(epsilon * scale) / scale
 
 

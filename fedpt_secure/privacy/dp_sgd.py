@@ -11,6 +11,7 @@ Three things differ from Opacus's defaults, because they carry the proof:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -108,9 +109,9 @@ def train_locally(
     try:
         for _ in range(settings.steps):
             chosen = np.flatnonzero(noise.bernoulli(len(examples), probability=settings.sampling_rate))
-            batches = list(_physical_batches([examples[i] for i in chosen]))
+            batches = list(_physical_batches([examples[int(index)] for index in chosen]))
             for index, batch in enumerate(batches):
-                example_losses(small, batch).sum().backward()
+                _backward(example_losses(small, batch).sum())
                 optimizer.signal_skip_step(do_skip=index + 1 < len(batches))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -118,7 +119,8 @@ def train_locally(
             if not batches:
                 # Nobody was sampled: the step must still be taken, and looks like any other, noise and all.
                 for parameter in parameters:
-                    parameter.grad_sample = torch.zeros(0, *parameter.shape, device=parameter.device)
+                    empty = torch.zeros(0, *parameter.shape, device=parameter.device)
+                    setattr(parameter, "grad_sample", empty)  # noqa: B010  (an attribute that Opacus adds)
                 optimizer.signal_skip_step(do_skip=False)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -147,7 +149,14 @@ def example_losses(small: SmallLM, batch: Sequence[SmallExample]) -> torch.Tenso
     return losses.view(len(batch), width).sum(1) / counts
 
 
-class _NoiseSourceOptimizer(DPOptimizer):  # type: ignore[misc]
+def _backward(loss: torch.Tensor) -> None:
+    with warnings.catch_warnings():
+        # The lowest adapter's input needs no gradient, because everything below it is frozen; that is meant.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
+        torch.autograd.backward(loss)
+
+
+class _NoiseSourceOptimizer(DPOptimizer):
     """Opacus's optimizer with noise from a `NoiseSource` instead of a PyTorch generator."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, noise: NoiseSource, **arguments: object) -> None:

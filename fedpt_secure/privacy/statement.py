@@ -54,8 +54,8 @@ class PrivacyStatement:
         if not self.private or self.epsilon is None:
             return "NOT PRIVATE: no differential privacy is promised."
         return (
-            f"epsilon <= {self.epsilon:g} at delta = {self.delta:g}, per {self.unit} "
-            f"({self.neighbouring}), against {self.adversary}."
+            f"epsilon <= {self.epsilon:g} at delta = {self.delta:g} for each {self.unit}; neighbouring: "
+            f"{self.neighbouring}; against {self.adversary}."
         )
 
 
@@ -83,7 +83,7 @@ def local_statement(
     return PrivacyStatement(
         epsilon=round_up(epsilon) if private else None,
         delta=delta,
-        unit="record (what one client typed in one conversation, or one row)",
+        unit="single record of a client",
         neighbouring="add or remove one record of one client's prepared training set",
         adversary=(
             "anyone who sees all the client ever sends, bare: the server, other clients, all of them together, "

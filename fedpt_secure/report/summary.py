@@ -9,7 +9,14 @@ from importlib.metadata import version
 from typing import Any
 
 from fedpt_secure import __version__
-from fedpt_secure.evaluation import ArmReport, report_arms
+from fedpt_secure.evaluation import (
+    ArmsEvaluation,
+    bootstrap_rng,
+    fraction_improved,
+    improvement_interval,
+    perplexity,
+    ratio_interval,
+)
 from fedpt_secure.federation import RunResult
 
 SCHEMA = "fedpt-secure/summary/1"
@@ -17,26 +24,14 @@ _PACKAGES = ("torch", "transformers", "peft", "opacus", "PyNaCl", "cryptography"
 
 
 def summarise(result: RunResult) -> dict[str, Any]:
-    """Everything a reader compares, as JSON values; infinite numbers are null."""
-    config = result.config
-    report = report_arms(
-        result.evaluation,
-        alpha=config.proxy.alpha,
-        samples=config.evaluation.bootstrap_samples,
-        seed=config.seed,
-    )
+    """Everything a reader compares, as JSON values; a number too large for JSON is null."""
+    config, evaluation = result.config, result.evaluation
+    transcripts = result.transcripts
     return {
         "schema": SCHEMA,
         "private": result.statement.private,
-        "arms": {name: _arm(arm) for name, arm in report.arms.items()},
-        "improvement": {
-            "loss": report.improvement,
-            "ci": list(report.improvement_ci),
-            "fraction_improved": report.fraction_improved,
-            "versus": "large_base",
-        },
+        **_utility(evaluation, alpha=config.proxy.alpha, seed=config.seed, resamples=config.evaluation.bootstrap_samples),
         "alpha": config.proxy.alpha,
-        "evaluation": {"records": report.records, "tokens": report.tokens, "confidence": report.confidence},
         "privacy": result.statement.to_json(),
         "data": {
             "name": result.text.name,
@@ -47,17 +42,17 @@ def summarise(result: RunResult) -> dict[str, Any]:
             "held_out_records": sum(len(client.held_out) for client in result.text.clients),
         },
         "training": {
-            "large": result.large_name,
+            "large": result.large_source,
             "small": config.models.small,
             "trained_parameters": result.dimension,
             "rounds": config.federation.rounds,
-            "rounds_aborted": sum(bool(line["aborted"]) for line in result.transcripts),
+            "rounds_aborted": sum(bool(line["aborted"]) for line in transcripts),
             "cohort": config.federation.cohort,
-            "dropped": sum(len(line["dropped"]) for line in result.transcripts),
+            "dropped": sum(len(line["dropped"]) for line in transcripts),
         },
-        "bytes": byte_counts(result.transcripts),
+        "bytes": byte_counts(transcripts),
         "seconds": {name: round(value, 3) for name, value in result.seconds.items()}
-        | {f"rounds.{name}": round(value, 3) for name, value in phase_seconds(result.transcripts).items()},
+        | {f"rounds.{name}": round(value, 3) for name, value in phase_seconds(transcripts).items()},
         "versions": {"fedpt-secure": __version__, "python": platform.python_version()}
         | {name: version(name) for name in _PACKAGES},
     }
@@ -84,10 +79,37 @@ def phase_seconds(transcripts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return totals
 
 
-def _arm(arm: ArmReport) -> dict[str, Any]:
-    return {
-        "loss": arm.loss,
-        "perplexity": arm.perplexity if math.isfinite(arm.perplexity) else None,
-        "ci": list(arm.ci),
+def _utility(evaluation: ArmsEvaluation, *, alpha: float, seed: int, resamples: int) -> dict[str, Any]:
+    """Losses of the arms, and what proxy tuning gained, with percentile-bootstrap intervals over records."""
+    rng = bootstrap_rng(seed)
+    proxied = evaluation.proxy_tuned[alpha]
+    losses = {
+        "large_base": evaluation.large_base,
+        "small_base": evaluation.small_base,
+        "small_tuned": evaluation.small_tuned,
+        "proxy_tuned": proxied,
     }
-
+    arms = {}
+    for name, sums in losses.items():
+        loss = ratio_interval(sums, evaluation.tokens, rng, resamples=resamples)
+        value = perplexity(loss).value
+        arms[name] = {
+            "loss": loss.value,
+            "perplexity": value if math.isfinite(value) else None,
+            "ci": [loss.low, loss.high],
+        }
+    gain = improvement_interval(evaluation.large_base, proxied, evaluation.tokens, rng, resamples=resamples)
+    return {
+        "arms": arms,
+        "improvement": {
+            "loss": gain.value,
+            "ci": [gain.low, gain.high],
+            "fraction_improved": fraction_improved(evaluation.large_base, proxied),
+            "versus": "large_base",
+        },
+        "evaluation": {
+            "records": len(evaluation.tokens),
+            "tokens": int(evaluation.tokens.sum()),
+            "confidence": 0.95,
+        },
+    }
