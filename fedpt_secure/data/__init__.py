@@ -5,9 +5,11 @@ examples.
 """
 
 from fedpt_secure.data.artefacts import ARTEFACTS, Artefact
+from fedpt_secure.data.examples import Example, PairTemplate, encode
 from fedpt_secure.data.fetch import ArtefactStatus, Cache
 from fedpt_secure.data.loading import load_federated_text
 from fedpt_secure.data.records import ClientText, FederatedText, Preparation, Record
+from fedpt_secure.data.tokenizer import TextTokenizer
 
 __all__ = [
     "ARTEFACTS",
@@ -15,8 +17,12 @@ __all__ = [
     "ArtefactStatus",
     "Cache",
     "ClientText",
+    "Example",
     "FederatedText",
+    "PairTemplate",
     "Preparation",
     "Record",
+    "TextTokenizer",
+    "encode",
     "load_federated_text",
 ]

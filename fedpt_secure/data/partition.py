@@ -10,6 +10,9 @@ import numpy as np
 from fedpt_secure.data.simulation import simulation_key, simulation_order, simulation_rng
 from fedpt_secure.errors import ConfigError, DataError
 
+_NOTHING = 1e-12
+"""A mixture whose open labels weigh less has none left: a quotient of such numbers would be rounding."""
+
 
 def client_names(clients: int) -> list[str]:
     """`client-0`, `client-1`, ... with leading zeros, so that sorted order is numerical order."""
@@ -68,8 +71,8 @@ def partition_labels(labels: Sequence[str], clients: int, *, alpha: float, seed:
 
     Each client draws a mixture q ~ Dirichlet(alpha * p) with p the labels' frequencies, then draws records by it
     without replacement. When a label runs out, its share of every mixture falls to the labels that are left, in
-    proportion; a client whose labels have all run out draws by what is left. Clients take one record each in turn,
-    so that leftovers do not gather at the last one. Sizes differ by at most one.
+    proportion; a client whose labels have all run out draws a new mixture of what is left. Clients take one record each
+    in turn, so that leftovers do not gather at the last one. Sizes differ by at most one.
 
     Args:
         labels: of each record.
@@ -94,30 +97,38 @@ def partition_labels(labels: Sequence[str], clients: int, *, alpha: float, seed:
     for index in _random_order(len(labels), seed):
         pools[place[labels[index]]].append(index)
     left = np.array([len(pool) for pool in pools], dtype=float)
-    mixtures = np.stack([_dirichlet(rng, alpha * left / left.sum()) for _ in range(clients)])
+    mixtures = np.stack([_mixture(rng, alpha, left) for _ in range(clients)])
     owners = [0] * len(labels)
-    cumulative = _cumulative(mixtures, left)
+    ends = _interval_ends(mixtures)
     for turn, uniform in enumerate(rng.random(len(labels)).tolist()):
         client = turn % clients
-        label = bisect_right(cumulative[client], uniform)
+        label = bisect_right(ends[client], uniform)
         owners[pools[label].pop()] = client
         left[label] -= 1
-        if not pools[label] and turn + 1 < len(labels):
-            cumulative = _cumulative(mixtures, left)
+        if not pools[label] and left.any():
+            mixtures[:, label] = 0.0
+            totals = mixtures.sum(axis=1)
+            for gone in np.flatnonzero(totals < _NOTHING):
+                mixtures[gone] = _mixture(rng, alpha, left)
+                totals[gone] = 1.0
+            mixtures /= totals[:, np.newaxis]
+            ends = _interval_ends(mixtures)
     return owners
 
 
-def _cumulative(mixtures: np.ndarray, left: np.ndarray) -> list[list[float]]:
-    """Upper ends of the labels' intervals in [0, 1), by client; a label that has run out has an empty interval."""
+def _mixture(rng: np.random.Generator, alpha: float, left: np.ndarray) -> np.ndarray:
+    """One draw from Dirichlet(alpha * p), p the frequencies of what is left; nothing of a label that has run out."""
+    mixture = np.zeros(len(left))
     open_labels = left > 0
-    weights = mixtures * open_labels
-    totals = weights.sum(axis=1, keepdims=True)
-    # Below this a quotient would be dominated by rounding: the client's own labels are gone.
-    gone = totals < 1e-12
-    weights = np.where(gone, left, weights) / np.where(gone, left.sum(), totals)
-    ends = np.cumsum(weights, axis=1)
-    # Rounding must not send a draw close to 1 past the last open label.
-    ends[:, int(np.flatnonzero(open_labels)[-1]) :] = 1.0
+    mixture[open_labels] = _dirichlet(rng, alpha * left[open_labels] / left.sum())
+    return mixture
+
+
+def _interval_ends(mixtures: np.ndarray) -> list[list[float]]:
+    """Upper ends of the labels' intervals in [0, 1), by client; a label without weight has an empty interval."""
+    ends = np.cumsum(mixtures, axis=1)
+    # A sum that rounds to just below 1 must not send a draw past the last label with weight.
+    ends[ends >= ends[:, -1:]] = 1.0
     rows: list[list[float]] = ends.tolist()
     return rows
 

