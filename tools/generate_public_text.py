@@ -48,7 +48,9 @@ games; chess; a puzzle; a bet; luck; money; music; the internet being slow; a co
 a library; history; travel by train; food trucks; ice cream; tea; breakfast; chocolate; cooking for one; a picnic;
 fishing; horses; sports practice; swimming; basketball; baseball; tennis; a sprained ankle; a doctor's visit; a long
 walk; loneliness; making friends; missing home; love; a breakup; a crush; texting back; being late; parking; a speeding
-ticket; driving lessons; a scary night; a ghost story; a strange sound; a power cut; the moon; stars; wishes""".replace("\n", " ")
+ticket; driving lessons; a scary night; a ghost story; a strange sound; a power cut; the moon; stars; wishes""".replace(
+    "\n", " "
+)
 
 CHAT_TASKS = (
     "Write a casual text message chat between two friends about {t}.",
@@ -71,12 +73,36 @@ PLAIN_TASKS = (
     "Describe {t} in detail.",
 )
 OPENERS = (
-    "hey\nhow are you doing?\n", "hi there!\n", "lol that is so funny\n", "i dont know\nmaybe?\n", "haha yeah\n",
-    "so what do you do?\n", "good morning!\nhow did you sleep?\n", "omg guess what\n", "what are you up to today?\n",
-    "I just got home from work\n", "nice\n", "that sounds fun!\n", "where are you from?\n", "i'm so tired lol\n",
-    "What kind of music do you like?\n", "Yeah I think so too\n", "no way!\n", "do you have any pets?\n",
-    "thanks :)\n", "well it was nice talking to you\n", "i love that movie\n", "hmm\nlet me think\n", "Hello!\n",
-    "are you there?\n", "oh cool\n", "my favorite food is", "I'm a student and I", "Honestly, I", "Today I", "When I was a kid",
+    "hey\nhow are you doing?\n",
+    "hi there!\n",
+    "lol that is so funny\n",
+    "i dont know\nmaybe?\n",
+    "haha yeah\n",
+    "so what do you do?\n",
+    "good morning!\nhow did you sleep?\n",
+    "omg guess what\n",
+    "what are you up to today?\n",
+    "I just got home from work\n",
+    "nice\n",
+    "that sounds fun!\n",
+    "where are you from?\n",
+    "i'm so tired lol\n",
+    "What kind of music do you like?\n",
+    "Yeah I think so too\n",
+    "no way!\n",
+    "do you have any pets?\n",
+    "thanks :)\n",
+    "well it was nice talking to you\n",
+    "i love that movie\n",
+    "hmm\nlet me think\n",
+    "Hello!\n",
+    "are you there?\n",
+    "oh cool\n",
+    "my favorite food is",
+    "I'm a student and I",
+    "Honestly, I",
+    "Today I",
+    "When I was a kid",
 )
 
 
@@ -109,16 +135,19 @@ def sample(model, batch: list[list[int]], rng: random.Random, generator: torch.G
     ids = torch.full((len(batch), width), SEPARATOR_ID)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(batch):
-        ids[row, width - len(prompt):] = torch.tensor(prompt)
-        mask[row, width - len(prompt):] = 1
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
     temperature = torch.tensor([rng.choice((0.7, 0.85, 1.0)) for _ in batch]).unsqueeze(1)
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out, top_ids, top_logprobs = [], [], []
     step = ids
     for _ in range(NEW_TOKENS):
-        logits = model(step, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                       logits_to_keep=1).logits[:, -1].float()
+        logits = (
+            model(step, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+            .logits[:, -1]
+            .float()
+        )
         logprobs = logits - logits.logsumexp(-1, keepdim=True)
         values, indices = logprobs.topk(TOP_K)
         # Nucleus sampling inside the top 512; the tail of a small teacher is noise nobody should learn from.

@@ -1,0 +1,294 @@
+"""Rehearse proxy tuning on public text, to compare proxies and to choose the default alpha.
+
+A run of the product may not pick alpha on private data: that would cost budget. So the default is picked here. Three
+public domains that the proxy was never pretrained on stand in for a private one; on each, the proxy's LoRA B
+matrices are tuned on one part, and the proxied loss of the large model
+
+    softmax(s_large + alpha * (s_tuned - s_base))
+
+is measured on the rest, for several alphas, without and with DP noise.
+
+    python tools/choose_alpha.py --large LARGE --books BOOKS --chat CHAT --work WORK [--proxy DIR] [--json]
+
+Domains: every book of two authors with a voice of their own (`proxy_corpus.REHEARSAL_AUTHORS`), and CHAT, the folder of
+English dialogues of the `chatterbot-corpus` package (1.3.3, BSD-3-Clause; `chatterbot_corpus/data/english` of the
+unpacked wheel). Seeded; the noise is simulated and protects nobody here.
+
+The numbers: nats per token of the large vocabulary over the same held-out positions; "small" losses are over the
+small vocabulary with its unknown class, so they compare with each other only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from proxy_corpus import REHEARSAL_AUTHORS, SEPARATOR_ID, book_paragraphs, large_to_small
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+BUILTIN = Path(__file__).resolve().parent.parent / "fedpt_secure" / "lm" / "builtin"
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Sequences of large ids, each opened by the separator; at most `context` predicted tokens."""
+
+    name: str
+    train: list[list[int]]
+    held_out: list[list[int]]
+
+
+@dataclass(frozen=True)
+class LargeScores:
+    """What the large model says about a domain's held-out positions, in the small vocabulary's terms.
+
+    Attributes:
+        inside: float16 `[positions, small_vocab]`; log-probability of each mapped token, -inf for unknown.
+        outside: float32 `[positions]`; log of the mass on tokens outside the map.
+        target: float32 `[positions]`; log-probability of the token that came.
+    """
+
+    inside: Tensor
+    outside: Tensor
+    target: Tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--large", type=Path, required=True)
+    parser.add_argument("--books", type=Path, required=True)
+    parser.add_argument("--chat", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="cache of the large model's scores")
+    parser.add_argument("--proxy", type=Path, default=BUILTIN)
+    parser.add_argument("--domains", default="", help="comma-separated subset")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--held-out", type=int, default=100)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--clip-norm", type=float, default=0.1)
+    parser.add_argument("--noise-multipliers", default="0,1")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    mapping = np.asarray(json.loads((options.proxy / "small_to_large.json").read_text()), dtype=np.int64)
+    rows = []
+    for domain in domains(options):
+        scores = large_scores(options, domain, mapping)
+        for noise_multiplier in map(float, options.noise_multipliers.split(",")):
+            rows.append(rehearse(options, domain, scores, mapping, noise_multiplier))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    if options.json:
+        json.dump({"schema": 1, "options": {k: str(v) for k, v in vars(options).items()}, "rows": rows}, sys.stdout)
+        print()
+    else:
+        print(table(rows))
+
+
+def domains(options: argparse.Namespace) -> Iterator[Domain]:
+    """Read and cut the rehearsal domains; every tenth sequence is held out, up to the number asked for."""
+    tokenizer = Tokenizer.from_file(str(options.large / "tokenizer.json"))
+    texts = {a: list(book_paragraphs(options.books, [a])) for a in REHEARSAL_AUTHORS} | {
+        "dialogues": dialogues(options.chat)
+    }
+    for name, units in texts.items():
+        if options.domains and name not in options.domains.split(","):
+            continue
+        sequences: list[list[int]] = []
+        current: list[int] = []
+        for unit in units:
+            ids = tokenizer.encode(unit, add_special_tokens=False).ids
+            if name == "dialogues":
+                sequences += [[SEPARATOR_ID, *ids[: options.context]]]
+                continue
+            current += ids
+            while len(current) >= options.context:
+                sequences.append([SEPARATOR_ID, *current[: options.context]])
+                current = current[options.context :]
+        order = np.random.default_rng(options.seed).permutation(len(sequences))
+        held = min(options.held_out, len(sequences) // 5)
+        yield Domain(name, [sequences[i] for i in order[held:]], [sequences[i] for i in order[:held]])
+
+
+def dialogues(directory: Path) -> list[str]:
+    """The corpus's conversations, one text each, one line an utterance; lists of facts and code are left out."""
+    found = []
+    for path in sorted(directory.glob("*.yml")):
+        if path.stem in {"coding", "trivia", "literature", "computers"}:
+            continue
+        lines: list[str] = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            match = re.match(r"^\s*(- )?- (.*)$", line)
+            if not match or line.startswith("categories"):
+                continue
+            if match[1] and lines:
+                found.append("\n".join(lines) + "\n")
+                lines = []
+            lines.append(match[2].strip().strip("'\"").replace("''", "'"))
+        found.append("\n".join(lines) + "\n")
+    return found
+
+
+def padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids `[rows, longest]` and the mask of predicted positions `[rows, longest - 1]`."""
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), SEPARATOR_ID)
+    mask = torch.zeros(len(sequences), longest - 1, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence) - 1] = True
+    return ids, mask
+
+
+@torch.no_grad()
+def large_scores(options: argparse.Namespace, domain: Domain, mapping: np.ndarray) -> LargeScores:
+    """Score the held-out sequences once; kept in WORK for the next proxy over the same vocabulary."""
+    from hashlib import sha256
+
+    from safetensors.torch import load_file, save_file
+
+    key = sha256(json.dumps([domain.held_out, mapping.tolist()]).encode()).hexdigest()[:16]
+    path = options.work / f"scores-{key}.safetensors"
+    if not path.exists():
+        large = AutoModelForCausalLM.from_pretrained(options.large, dtype=torch.float32).eval()
+        kept = torch.from_numpy(mapping[mapping >= 0])
+        left_out = torch.ones(large.config.vocab_size, dtype=torch.bool)
+        left_out[kept] = False
+        inside, outside, target = [], [], []
+        for begin in range(0, len(domain.held_out), 8):
+            ids, mask = padded(domain.held_out[begin : begin + 8])
+            logprobs = large(ids[:, :-1]).logits.log_softmax(-1)[mask]
+            target.append(logprobs.gather(1, ids[:, 1:][mask][:, None])[:, 0])
+            inside.append(torch.cat([logprobs[:, kept], torch.full((len(logprobs), 1), -torch.inf)], 1).half())
+            outside.append(logprobs[:, left_out].logsumexp(1))
+        options.work.mkdir(parents=True, exist_ok=True)
+        scores = {"inside": torch.cat(inside), "outside": torch.cat(outside), "target": torch.cat(target)}
+        save_file(scores, path)
+    return LargeScores(**load_file(path))
+
+
+def rehearse(
+    options: argparse.Namespace, domain: Domain, scores: LargeScores, mapping: np.ndarray, noise_multiplier: float
+) -> dict:
+    """Tune the proxy on the domain, then score every alpha on its held-out sequences."""
+    lookup = torch.from_numpy(large_to_small(mapping))
+    ids, mask = padded(domain.held_out)
+    small = lookup[ids]
+    model = LlamaForCausalLM.from_pretrained(options.proxy, dtype=torch.float32)
+    base = predict(model, small, mask)
+    began = time.time()
+    tuned_model, tokens = tune(
+        options, model, [lookup[torch.tensor(s)].tolist() for s in domain.train], noise_multiplier
+    )
+    seconds = time.time() - began
+    tuned = predict(tuned_model, small, mask)
+    targets = small[:, 1:][mask]
+    return {
+        "domain": domain.name,
+        "noise_multiplier": noise_multiplier,
+        "train_sequences": len(domain.train),
+        "positions": int(mask.sum()),
+        "small_base": nll(base, targets),
+        "small_tuned": nll(tuned, targets),
+        "proxied": {str(alpha): proxied(scores, base, tuned, targets, alpha) for alpha in ALPHAS},
+        "tokens_per_s": round(tokens / seconds),
+    }
+
+
+@torch.no_grad()
+def predict(model: nn.Module, small: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities `[positions, small_vocab]`."""
+    parts = [
+        model(input_ids=small[row : row + 16, :-1]).logits.float().log_softmax(-1)[mask[row : row + 16]]
+        for row in range(0, len(small), 16)
+    ]
+    return torch.cat(parts)
+
+
+def nll(logprobs: Tensor, targets: Tensor) -> float:
+    return round(float(-logprobs.gather(1, targets[:, None]).mean()), 4)
+
+
+def proxied(scores: LargeScores, base: Tensor, tuned: Tensor, targets: Tensor, alpha: float) -> float:
+    """Mean loss of the shifted large model; a token outside the map gets the shift of the unknown class."""
+    total = 0.0
+    for begin in range(0, len(targets), 1024):
+        part = slice(begin, begin + 1024)
+        shift = alpha * (tuned[part] - base[part])
+        inside = (scores.inside[part].float() + shift).logsumexp(1)
+        normaliser = torch.logaddexp(inside, scores.outside[part] + shift[:, -1])
+        moved = scores.target[part] + shift.gather(1, targets[part, None])[:, 0]
+        total += float((normaliser - moved).sum())
+    return round(total / len(targets), 4)
+
+
+def tune(options: argparse.Namespace, model: nn.Module, sequences: list[list[int]], noise_multiplier: float):
+    """Tune LoRA B by clipped, averaged and (if asked) noised gradients under Adam, in bf16 autocast.
+
+    Returns:
+        The tuned model and the number of tokens trained on.
+    """
+    torch.manual_seed(options.seed)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, task_type="CAUSAL_LM")
+    tuned = get_peft_model(model, config)
+    layers = [m for n, m in tuned.named_modules() if n.endswith("lora_B.default")]
+    for name, parameter in tuned.named_parameters():
+        parameter.requires_grad = "lora_B" in name
+    seen: dict[nn.Module, Tensor] = {}
+    per_example: dict[nn.Module, Tensor] = {}
+    for layer in layers:
+        layer.register_forward_hook(lambda m, i, _o: seen.__setitem__(m, i[0]))
+        layer.register_full_backward_hook(
+            lambda m, _i, o: per_example.__setitem__(m, torch.einsum("bto,bti->boi", o[0].float(), seen[m].float()))
+        )
+    stepper = torch.optim.Adam([m.weight for m in layers], lr=options.lr)
+    rng = np.random.default_rng(options.seed)
+    noise = torch.Generator().manual_seed(options.seed)
+    tokens = 0
+    for _ in range(options.steps):
+        ids, mask = padded([sequences[i] for i in rng.integers(0, len(sequences), options.batch)])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = tuned(input_ids=ids[:, :-1]).logits
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses = (losses.view_as(mask) * mask).sum(1) / mask.sum(1)
+        losses.sum().backward()
+        norms = torch.stack([per_example[m].flatten(1).norm(dim=1) for m in layers]).norm(dim=0)
+        factor = (options.clip_norm / norms).clamp(max=1.0)
+        for layer in layers:
+            clipped = torch.einsum("b,boi->oi", factor, per_example[layer])
+            clipped += noise_multiplier * options.clip_norm * torch.randn(clipped.shape, generator=noise)
+            layer.weight.grad = clipped / options.batch
+        stepper.step()
+        tokens += int(mask.sum())
+    return tuned.eval(), tokens
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table: one line a domain and noise level."""
+    head = ["domain", "noise", "small base", "small tuned", *(f"alpha {a:g}" for a in ALPHAS), "tokens/s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        cells = [row["domain"], f"{row['noise_multiplier']:g}", row["small_base"], row["small_tuned"]]
+        lines.append("| " + " | ".join(map(str, [*cells, *row["proxied"].values(), row["tokens_per_s"]])) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

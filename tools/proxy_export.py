@@ -1,0 +1,133 @@
+"""Write the pretrained proxy the way the package ships it: weights, map, card, public sample, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from proxy_corpus import HELD_OUT_AUTHORS, KEPT_SPECIAL_IDS, REHEARSAL_AUTHORS, Stream
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
+
+PUBLIC_TEXT_BYTES = 300_000
+RECORD_SEPARATOR = "\n\n%%\n\n"
+MANIFEST_FILES = (
+    "model.safetensors",
+    "config.json",
+    "small_to_large.json",
+    "tokenizer.json",
+    "public_text.txt",
+    "MODEL_CARD.md",
+)
+
+CARD_TEMPLATE = Path(__file__).with_name("proxy_card.md.in")
+NOT_SETTINGS = {
+    "command",
+    "large",
+    "books",
+    "generated",
+    "work",
+    "name",
+    "device",
+    "threads",
+    "compile",
+    "minutes",
+    "seed",
+}
+
+
+def write_model(model: LlamaForCausalLM, mapping: np.ndarray, out: Path) -> None:
+    """`model.safetensors` in float16 (the tied head is not stored twice), `config.json`, `small_to_large.json`."""
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: value.detach().to(torch.float16).contiguous()
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.dtype = torch.float16
+    (out / "config.json").write_text(model.config.to_json_string(use_diff=True))
+    (out / "small_to_large.json").write_text(json.dumps(mapping.tolist(), separators=(",", ":")) + "\n")
+
+
+def write_public_text(stream: Stream, tokenizer: Tokenizer, out: Path) -> None:
+    """Whole generated sequences of the held-out shards, joined by `RECORD_SEPARATOR`, `PUBLIC_TEXT_BYTES` in all."""
+    records: list[str] = []
+    size = 0
+    bounds = [*stream.starts.tolist(), len(stream.ids)]
+    for begin, end in pairwise(bounds):
+        text = tokenizer.decode(stream.ids[begin + 1 : end].tolist()).strip()
+        if len(text) < 40 or "%%" in text or (not text.isprintable() and "\ufffd" in text):
+            continue
+        records.append(text)
+        size += len(text.encode()) + len(RECORD_SEPARATOR)
+        if size >= PUBLIC_TEXT_BYTES:
+            break
+    (out / "public_text.txt").write_text(RECORD_SEPARATOR.join(records) + "\n", encoding="utf-8")
+
+
+def write_manifest(out: Path, facts: dict) -> None:
+    """`manifest.json`: the SHA-256 of each file beside it, and `facts` about the model."""
+    files = {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in MANIFEST_FILES}
+    content = {"schema": 1, "files": files, "record_separator": RECORD_SEPARATOR, **facts}
+    (out / "manifest.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def special_small_ids(mapping: np.ndarray) -> dict[str, int]:
+    """Small ids of the separator, of the chat template's tokens and of the unknown class."""
+    where = {int(large): small for small, large in enumerate(mapping)}
+    names = ("separator", "message_start", "message_end")
+    return {name: where[large] for name, large in zip(names, KEPT_SPECIAL_IDS, strict=True)} | {"unknown": where[-1]}
+
+
+def loss_table(log: Sequence[dict], rows: int = 12) -> str:
+    """A Markdown table of the held-out losses along the run, thinned to about `rows` lines."""
+    points = [entry for entry in log if "held_out_books" in entry]
+    picked = points[:: max(1, len(points) // rows)]
+    if points and picked[-1] is not points[-1]:
+        picked.append(points[-1])
+    lines = ["| tokens (M) | held-out books | held-out generated |", "| --- | --- | --- |"]
+    lines += [
+        f"| {p['tokens'] / 1e6:.2f} | {p['held_out_books']:.3f} | {p['held_out_generated']:.3f} |" for p in picked
+    ]
+    return "\n".join(lines)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_card(out: Path, facts: dict, log: Sequence[dict]) -> None:
+    """`MODEL_CARD.md`, from the facts measured at export and the run's own log."""
+    loss, unknown = facts["held_out_loss"], facts["held_out_unknown_share"]
+    shards = facts["generated_shards"]
+    runs = [entry["options"] for entry in log if "options" in entry]
+    settings = {k: v for k, v in runs[-1].items() if k not in NOT_SETTINGS}
+    text = CARD_TEMPLATE.read_text(encoding="utf-8").format(
+        parameters=facts["parameters"] / 1e6,
+        vocabulary=facts["vocabulary"],
+        tokens=facts["tokens_seen"] / 1e6,
+        books_loss=loss["books"],
+        generated_loss=loss["generated"],
+        books_unknown=unknown["books"],
+        generated_unknown=unknown["generated"],
+        training_shards=shards["training"],
+        held_out_shards=shards["held_out"],
+        rehearsal_authors=" and ".join(REHEARSAL_AUTHORS),
+        held_out_authors=", ".join(HELD_OUT_AUTHORS),
+        books_digest=facts["books_sha256"],
+        weights_digest=file_digest(out / "model.safetensors"),
+        seed=runs[-1]["seed"],
+        settings=", ".join(f"{name} {value}" for name, value in sorted(settings.items())),
+        table=loss_table(log),
+    )
+    (out / "MODEL_CARD.md").write_text(text, encoding="utf-8")
