@@ -112,6 +112,7 @@ def _smollm2_from_hub(cache: Cache, progress: Progress) -> LargeWeights:
     path = _snapshot_folder(cache, _HUB_REPOSITORY) / "snapshots" / _HUB_COMMIT
     if not _looks_whole(path):
         path = _fetch_snapshot(_HUB_REPOSITORY, _HUB_COMMIT, cache, progress)
+        check_directory(path)
     hashes = hash_weights(path, progress)
     if hashes != {"model.safetensors": _HUB_WEIGHTS_SHA256}:
         raise ModelError(
@@ -169,8 +170,9 @@ def _fetch_snapshot(repository: str, revision: str | None, cache: Cache, progres
                 ]
                 place = _snapshot_folder(cache, repository) / "blobs"
                 with progress.task(f"fetch {repository}", sum(sizes), unit="B") as task, _growth(place, task):
+                    # By branch, not by commit, where no revision is pinned: only so is the copy found offline.
                     snapshot = snapshot_download(
-                        repository, revision=commit, cache_dir=folder, allow_patterns=list(_PATTERNS)
+                        repository, revision=revision, cache_dir=folder, allow_patterns=list(_PATTERNS)
                     )
     except Exception as error:  # the hub's, httpx's and the operating system's errors alike
         if commit is None:
@@ -284,8 +286,10 @@ def _weight_files(path: Path) -> list[Path]:
     if index.is_file():
         try:
             names = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is not an index of weights", hint="copy the model again") from error
+        if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise ModelError(f"{index} names a file outside its folder: {outside[0]!r}", hint="copy the model again")
         return [path / name for name in sorted(names)]
     found = sorted(path.glob("*.safetensors"))
     if not found:
