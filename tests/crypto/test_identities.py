@@ -1,0 +1,126 @@
+import json
+import stat
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedpt_secure.crypto import Identity, ParameterError, Roster, SignatureInvalid
+
+KEY = Identity(b"1" * 32).verify_key_bytes
+OTHER_KEY = Identity(b"2" * 32).verify_key_bytes
+
+
+def test_an_identity_survives_its_file_which_only_its_owner_may_read(tmp_path):
+    identity = Identity.generate()
+    path = tmp_path / "identity.json"
+    identity.save(path)
+    assert Identity.load(path).verify_key_bytes == identity.verify_key_bytes
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_saving_never_replaces_a_file(tmp_path):
+    path = tmp_path / "file.json"
+    Identity.generate().save(path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError):
+        Identity.generate().save(path)
+    with pytest.raises(FileExistsError):
+        Roster({"a": KEY}).save(path)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_identity_file_is_refused(tmp_path):
+    path = tmp_path / "identity.json"
+    Identity(b"1" * 32).save(path)
+    content = json.loads(path.read_text())
+    for changes in ({"verify_key": OTHER_KEY.hex()}, {"seed": "00"}, {"format": "else"}, {"more": 1}):
+        path.write_text(json.dumps(content | changes))
+        with pytest.raises(ParameterError):
+            Identity.load(path)
+    path.write_bytes(b"x" * 5000)
+    with pytest.raises(ParameterError, match="larger than"):
+        Identity.load(path)
+
+
+def test_an_identity_does_not_show_its_seed():
+    assert (b"1" * 32).hex() not in repr(Identity(b"1" * 32))
+
+
+def test_a_roster_survives_its_file_byte_for_byte(tmp_path):
+    roster = Roster({"b": KEY, "a": OTHER_KEY})
+    path = tmp_path / "roster.json"
+    roster.save(path)
+    loaded = Roster.load(path)
+    assert loaded == roster
+    assert loaded.digest == roster.digest
+    assert loaded.to_json() == path.read_bytes()
+    assert list(loaded) == ["a", "b"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.dictionaries(st.text(min_size=1, max_size=8).filter(str.isprintable), st.integers(0, 2**32), min_size=1))
+def test_any_roster_round_trips_through_json(numbers):
+    try:
+        keys = {name: Identity(name.encode().ljust(32, b"\0")).verify_key_bytes for name in numbers}
+    except (UnicodeEncodeError, ParameterError):
+        return
+    roster = Roster(keys)
+    assert Roster.from_json(roster.to_json()).digest == roster.digest
+
+
+def test_the_digest_depends_on_every_id_and_key_but_not_on_their_order():
+    one = Roster({"a": KEY, "b": OTHER_KEY})
+    assert one.digest == Roster({"b": OTHER_KEY, "a": KEY}).digest
+    assert len({one.digest, Roster({"a": OTHER_KEY, "b": KEY}).digest, Roster({"a": KEY}).digest}) == 3
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"": KEY},
+        {"a\n": KEY},
+        {"x" * 129: KEY},
+        {"\ud800": KEY},
+        {"a": KEY[:31]},
+        {"a": bytes(32)},
+        {"a": b"\x01" + bytes(31)},
+        {"a": b"\xff" * 32},
+        {"a": KEY, "b": KEY},
+    ],
+    ids=["empty", "no id", "control", "long", "surrogate", "short", "low order", "identity", "no point", "twice"],
+)
+def test_a_roster_refuses_what_is_no_identity(keys):
+    with pytest.raises(ParameterError):
+        Roster(keys)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"format": "x", "clients": []}', b"[" * 100_000])
+def test_what_is_no_roster_file_is_refused(content):
+    with pytest.raises(ParameterError):
+        Roster.from_json(content)
+
+
+def test_a_roster_file_with_repeated_ids_or_sloppy_keys_is_refused():
+    entry = {"id": "a", "verify_key": KEY.hex()}
+    for clients in ([entry, entry], [entry | {"verify_key": KEY.hex().upper()}], [entry | {"role": "admin"}]):
+        content = json.dumps({"format": "fedpt-secure roster v1", "clients": clients}).encode()
+        with pytest.raises(ParameterError):
+            Roster.from_json(content)
+
+
+def test_a_signature_counts_only_for_its_signer_message_and_roster():
+    signer = Identity(b"1" * 32)
+    roster = Roster({"a": KEY, "b": OTHER_KEY})
+    signature = signer.sign(b"message")
+    roster.verify("a", b"message", signature)
+    for name, message, candidate in (
+        ("b", b"message", signature),
+        ("a", b"other", signature),
+        ("stranger", b"message", signature),
+        ("a", b"message", signature[:-1]),
+        ("a", b"message", bytes(64)),
+    ):
+        with pytest.raises(SignatureInvalid):
+            roster.verify(name, message, candidate)
