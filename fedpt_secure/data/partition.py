@@ -134,15 +134,8 @@ def _interval_ends(mixtures: np.ndarray) -> list[list[float]]:
 
 
 def _dirichlet(rng: np.random.Generator, concentration: np.ndarray) -> np.ndarray:
-    """One draw; where every component underflows (tiny concentrations), the limit: all weight on one, by its
-    share.
-    """
-    draw = rng.dirichlet(concentration)
-    if np.isfinite(draw).all() and draw.sum() > 0.5:
-        return draw
-    single = np.zeros(len(concentration))
-    single[rng.choice(len(concentration), p=concentration / concentration.sum())] = 1.0
-    return single
+    """One draw. A concentration that underflowed to 0 would never be drawn, and nothing but such would give no draw."""
+    return rng.dirichlet(np.maximum(concentration, np.finfo(float).tiny))
 
 
 def _random_order(records: int, seed: int) -> list[int]:
