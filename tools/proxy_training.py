@@ -162,7 +162,13 @@ def head_loss(
     flat = hidden.flatten(0, 1)
     mix = batch.has_teacher.flatten().float() * distill_share
     return _HeadLoss.apply(
-        flat, weight, batch.targets.flatten(), batch.top_ids.flatten(0, 1), batch.top_probabilities.flatten(0, 1), mix, kernels
+        flat,
+        weight,
+        batch.targets.flatten(),
+        batch.top_ids.flatten(0, 1),
+        batch.top_probabilities.flatten(0, 1),
+        mix,
+        kernels,
     )
 
 
