@@ -13,6 +13,7 @@ from fedpt_secure.crypto import (
     ClientPolicy,
     FixedPointEncoding,
     Identity,
+    RandomBytes,
     Roster,
     RoundContext,
     SecAggClient,
@@ -42,6 +43,19 @@ class ClientTerms:
     noise_multiplier: float
 
 
+@dataclass(frozen=True, slots=True)
+class ClientRandomness:
+    """Where a client's randomness comes from, by round.
+
+    Attributes:
+        noise: the source of a round's noise and sampling.
+        rounding: the source of the encoding's unbiased rounding.
+    """
+
+    noise: Callable[[int], NoiseSource]
+    rounding: Callable[[int], RandomBytes]
+
+
 class ClientWorker:
     """A client over a whole run. Methods take and return the protocol's bytes, one call a phase.
 
@@ -58,20 +72,16 @@ class ClientWorker:
         identity: Identity,
         roster: Roster,
         ledger: Ledger,
-        noise: Callable[[int], NoiseSource],
+        randomness: ClientRandomness,
     ) -> None:
-        """Join a run.
-
-        Args:
-            noise: round index -> the source of this round's noise; a fresh `SecureRandom` unless debugging.
-        """
+        """Join a run."""
         self.client_id = client_id
         self._examples = tuple(examples)
         self._terms = terms
         self._identity = identity
         self._roster = roster
         self._ledger = ledger
-        self._noise = noise
+        self._randomness = randomness
         self._announcement: Announcement | None = None
         self._protocol: SecAggClient | None = None
 
@@ -136,13 +146,15 @@ class ClientWorker:
         Raises:
             BudgetExceeded: the client's own budget would be passed; it declines.
         """
-        update = self._update(small, on_example)
+        announcement = self._announced
+        update = self._update(announcement, small, on_example)
         federation, training = self._terms.config.federation, self._terms.config.training
         encoding = FixedPointEncoding(
             ring_bits=federation.ring_bits, bound=training.update_bound, cohort=federation.cohort
         )
         with as_round_error(f"client {self.client_id}"):
-            return self._active.mask(inbox, encoding.encode(update))
+            vector = encoding.encode(update, random_bytes=self._randomness.rounding(announcement.round_index))
+            return self._active.mask(inbox, vector)
 
     def confirm(self, survivors: bytes) -> bytes:
         """Sign the list of survivors that this client was shown."""
@@ -170,10 +182,15 @@ class ClientWorker:
             raise RoundError(f"client {self.client_id} is in no round")
         return self._protocol
 
-    def _update(self, small: SmallLM, on_example: Callable[[int], None]) -> npt.NDArray[np.float32]:
-        announcement = self._announcement
-        if announcement is None:
+    @property
+    def _announced(self) -> Announcement:
+        if self._announcement is None:
             raise RoundError(f"client {self.client_id} is in no round")
+        return self._announcement
+
+    def _update(
+        self, announcement: Announcement, small: SmallLM, on_example: Callable[[int], None]
+    ) -> npt.NDArray[np.float32]:
         run_id = self._terms.run_id.hex()
         update = self._ledger.pending(run_id, announcement.round_index)
         if update is not None:
@@ -193,7 +210,7 @@ class ClientWorker:
                 normaliser=training.normaliser,
                 learning_rate=training.local_learning_rate,
             ),
-            noise=self._noise(announcement.round_index),
+            noise=self._randomness.noise(announcement.round_index),
             on_example=on_example,
         )
         self._ledger.release(run_id, announcement.round_index, request, trained.vector)

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedpt_secure.config import RunConfig
-from fedpt_secure.crypto import Identity, Roster
+from fedpt_secure.crypto import SYSTEM_RANDOM, Identity, InsecureDeterministicBytes, RandomBytes, Roster
 from fedpt_secure.data import FederatedText
+from fedpt_secure.data.simulation import simulation_key
 from fedpt_secure.errors import PrivacyError
-from fedpt_secure.federation.client import ClientTerms, ClientWorker
+from fedpt_secure.federation.client import ClientRandomness, ClientTerms, ClientWorker
 from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.schedule import participations
 from fedpt_secure.privacy import (
     InsecureDeterministicRandom,
     Ledger,
-    NoiseSource,
     SecureRandom,
     SmallExample,
     calibrate_noise,
@@ -93,22 +93,25 @@ def build_population(
             ledger=Ledger(
                 directory.client_directory(index), epsilon=config.privacy.epsilon, delta=config.privacy.delta
             ),
-            noise=_noise_factory(config, client.client_id),
+            randomness=client_randomness(config, client.client_id),
         )
         for index, client in enumerate(text.clients)
     }
     return Population(workers, roster, terms)
 
 
-class _noise_factory:
-    """Fresh secure noise for each round, or, only where the run is marked as not private, noise from the seed."""
+def client_randomness(config: RunConfig, client_id: str) -> ClientRandomness:
+    """Fresh secure randomness, or, only where the run is marked as not private, randomness from the seed.
 
-    def __init__(self, config: RunConfig, client_id: str) -> None:
-        self._deterministic = config.insecure_deterministic
-        self._seed = config.seed
-        self._client_id = client_id
+    Keys and masks are always fresh: they cancel, so a reproducible result does not need them repeated.
+    """
+    if not config.insecure_deterministic:
+        return ClientRandomness(noise=lambda round_index: SecureRandom(), rounding=lambda round_index: SYSTEM_RANDOM)
 
-    def __call__(self, round_index: int) -> NoiseSource:
-        if self._deterministic:
-            return InsecureDeterministicRandom(self._seed, "noise", self._client_id, round_index)
-        return SecureRandom()
+    def rounding(round_index: int) -> RandomBytes:
+        return InsecureDeterministicBytes(simulation_key("rounding", config.seed, client_id, str(round_index)))
+
+    return ClientRandomness(
+        noise=lambda round_index: InsecureDeterministicRandom(config.seed, "noise", client_id, round_index),
+        rounding=rounding,
+    )

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
 import torch
 
 from fedpt_secure import files
@@ -26,7 +25,6 @@ from fedpt_secure.federation.server_optimizer import ServerOptimizer
 from fedpt_secure.federation.setup import RunModels, load_models
 from fedpt_secure.privacy import PrivacyStatement, SmallExample, example_losses, local_statement
 from fedpt_secure.progress import Progress
-
 
 WATCHED_RECORDS = 64
 

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from fedpt_secure.config import RunConfig
 from fedpt_secure.data import Cache
 from fedpt_secure.data.tokenizer import TextTokenizer
+from fedpt_secure.errors import ModelError
 from fedpt_secure.lm.devices import resolve_device
 from fedpt_secure.lm.large_weights import LargeWeights, resolve_large
-from fedpt_secure.lm.small import SmallLM, load_base
+from fedpt_secure.lm.small import SmallLM, builtin_directory, load_base
 from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
 from fedpt_secure.progress import Progress
-from fedpt_secure.proxy import AdapterPair, BlackBoxLM, LocalTransformersLM, guard
+from fedpt_secure.proxy import (
+    AdapterPair,
+    BlackBoxLM,
+    LocalTransformersLM,
+    PublicAnswers,
+    PublicText,
+    ask_black_box,
+    distil,
+    guard,
+)
+
+
+PASSAGE_SEPARATOR = "\n%%\n"
+PUBLIC_PASSAGES = 200
+"""Passages of public text that the black box is asked about once; 40 or so tokens each keep the cost to a minute."""
 
 
 @dataclass(slots=True)
@@ -33,7 +48,8 @@ class RunModels:
     pair: AdapterPair
     weights: LargeWeights
     device: torch.device
-    _black_box: BlackBoxLM | None = field(default=None)
+    _black_box: BlackBoxLM | None = None
+    _answers: PublicAnswers | None = None
 
     def black_box(self, progress: Progress) -> BlackBoxLM:
         """The large model behind its checks; loaded on the first call."""
@@ -41,6 +57,40 @@ class RunModels:
             with progress.task("loading the large LM", None):
                 self._black_box = guard(LocalTransformersLM(self.weights.path, device=self.device))
         return self._black_box
+
+    def distil(self, config: RunConfig, round_index: int, progress: Progress) -> None:
+        """FedPT's last step after a round: teach the tuned small LM what its proxied large LM says on public text."""
+        if self._answers is None:
+            text = load_public_text(self.tokenizer, context_length=config.models.context_length)
+            self._answers = ask_black_box(self.black_box(progress), self.small.token_map, text, progress)
+        distil(
+            self.small.model,
+            self._answers,
+            alpha=config.proxy.alpha,
+            steps=config.proxy.distill_steps,
+            learning_rate=config.proxy.distill_learning_rate,
+            seed=config.seed + round_index,
+            progress=progress,
+        )
+
+
+def load_public_text(tokenizer: TextTokenizer, *, context_length: int) -> PublicText:
+    """The public text that ships with the built-in proxy, one sequence per passage.
+
+    Raises:
+        ModelError: the file is missing.
+    """
+    path = builtin_directory() / "public_text.txt"
+    try:
+        passages = path.read_text(encoding="utf-8").split(PASSAGE_SEPARATOR)
+    except OSError as error:
+        raise ModelError(f"the built-in public text is damaged: {error}", hint="reinstall fedpt-secure") from None
+    sequences = [
+        (tokenizer.separator_id, *tokenizer.ids(passage.strip())[: context_length - 1])
+        for passage in passages[:PUBLIC_PASSAGES]
+        if passage.strip()
+    ]
+    return PublicText("sampled from SmolLM2-135M-Instruct (Apache-2.0)", tuple(sequences))
 
 
 def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunModels:

@@ -1,0 +1,150 @@
+"""`kill -9` at any moment: the run goes on, and its epsilon is that of an uninterrupted one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from fedpt_secure.config import RunConfig, build
+from fedpt_secure.data import Cache
+from fedpt_secure.errors import RunDirectoryError
+from fedpt_secure.federation import ClientWorker, RunDirectory, run_training
+from fedpt_secure.federation import run as run_module
+from fedpt_secure.federation.server import AggregationServer
+from fedpt_secure.privacy import Ledger
+from fedpt_secure.progress import SILENT
+
+# (class or module, function, number of calls before the process dies inside it, before or after the call)
+MOMENTS = {
+    "before the first round": (RunDirectory, "count_start", 1, "before"),
+    "while keys are advertised": (ClientWorker, "announce", 8, "before"),
+    "while shares are sent": (ClientWorker, "share_keys", 8, "after"),
+    "before an update is counted": (Ledger, "release", 8, "before"),
+    "after an update is counted, before it is sent": (Ledger, "release", 8, "after"),
+    "after a masked update is sent": (ClientWorker, "train_and_mask", 9, "after"),
+    "while survivors are confirmed": (ClientWorker, "confirm", 8, "before"),
+    "while shares are revealed": (ClientWorker, "unmask", 8, "after"),
+    "before the sum is computed": (AggregationServer, "aggregate", 2, "before"),
+    "after the sum is computed": (AggregationServer, "aggregate", 2, "after"),
+    "before the logs are written": (RunDirectory, "append", 3, "before"),
+    "between log and checkpoint": (RunDirectory, "append", 4, "after"),
+    "after the checkpoint, before clients forget": (RunDirectory, "save_checkpoint", 3, "after"),
+    "while clients forget": (ClientWorker, "settle", 14, "before"),
+    "before the evaluation": (run_module, "evaluate_arms", 1, "before"),
+}
+
+
+def _die_inside(owner, name, calls, when):
+    original = getattr(owner, name)
+    count = 0
+
+    def dying(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == calls and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if count == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, dying)
+
+
+def _killed_run(config, path, cache, moment):
+    _die_inside(*MOMENTS[moment])
+    run_training(config, RunDirectory.create(path, config), cache=Cache(cache), progress=SILENT)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """Filled by the first test that needs it: the adapter and statement of a run nobody killed."""
+    return {}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_to_the_same_epsilon_and_adapter(moment, tiny_settings, tmp_path, uninterrupted):
+    """Noise comes from the seed here, so that "the same update is sent again" can be seen in every bit.
+
+    The epsilon of such a run is not promised to anybody; what is compared is what the ledgers counted.
+    """
+    config = build(RunConfig, {**tiny_settings, "insecure_deterministic": True})
+    cache = tmp_path / "cache"
+    if not uninterrupted:
+        directory = RunDirectory.create(tmp_path / "whole", config)
+        uninterrupted["result"] = run_training(config, directory, cache=Cache(cache), progress=SILENT)
+        uninterrupted["adapter"] = directory.load_checkpoint().tensors["adapter"]
+    process = multiprocessing.get_context("fork").Process(
+        target=_killed_run, args=(config, tmp_path / "run", cache, moment)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL, "the run was not killed where the test says"
+    directory = RunDirectory.open(tmp_path / "run")
+    result = run_training(config, directory, cache=Cache(cache), progress=SILENT)
+    expected = uninterrupted["result"].statement
+    assert (result.statement.steps, result.statement.noise_multiplier) == (expected.steps, expected.noise_multiplier)
+    assert result.statement.to_json() == expected.to_json()
+    assert [line["round"] for line in directory.read_log("transcript")] == [0, 1, 2]
+    assert [line["round"] for line in directory.read_log("metrics")] == [0, 1, 2]
+    assert not any(line["aborted"] for line in result.transcripts)
+    assert (directory.load_checkpoint().tensors["adapter"] == uninterrupted["adapter"]).all()
+
+
+def test_a_killed_private_run_sends_the_same_update_again_and_spends_once(tiny_config, tmp_path):
+    cache = tmp_path / "cache"
+    moment = "after an update is counted, before it is sent"
+    process = multiprocessing.get_context("fork").Process(
+        target=_killed_run, args=(tiny_config, tmp_path / "run", cache, moment)
+    )
+    process.start()
+    process.join(120)
+    clients = tmp_path / "run" / "clients"
+    run_id = RunDirectory.open(tmp_path / "run").load_checkpoint().run_id.hex()
+
+    def pending(round_index):
+        ledgers = {path.name: Ledger(path, epsilon=4.0, delta=1e-5) for path in clients.iterdir()}
+        return {name: ledger.pending(run_id, round_index) for name, ledger in ledgers.items()}
+
+    before = {name: update.tobytes() for name, update in pending(1).items() if update is not None}
+    assert len(before) == 3
+    sent = {}
+    original = ClientWorker._update
+
+    def recording(self, announcement, small, on_example):
+        update = original(self, announcement, small, on_example)
+        sent[announcement.round_index, update.tobytes()] = self.client_id
+        return update
+
+    ClientWorker._update = recording
+    try:
+        result = run_training(
+            tiny_config, RunDirectory.open(tmp_path / "run"), cache=Cache(cache), progress=SILENT
+        )
+    finally:
+        ClientWorker._update = original
+    assert all((1, update) in sent for update in before.values())
+    assert result.statement.private
+    assert result.statement.epsilon <= 4.0
+    assert result.statement.steps == 3
+
+
+def test_other_text_is_refused(tiny_settings, tmp_path):
+    config = build(RunConfig, tiny_settings)
+    directory = RunDirectory.create(tmp_path / "run", config)
+    run_training(config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    other = build(RunConfig, {**tiny_settings, "seed": 4})
+    with pytest.raises(RunDirectoryError, match="another text"):
+        run_training(other, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
+
+
+def test_a_finished_run_resumes_to_the_same_result_without_training(tiny_config, tmp_path, monkeypatch):
+    directory = RunDirectory.create(tmp_path / "run", tiny_config)
+    first = run_training(tiny_config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    monkeypatch.setattr(ClientWorker, "announce", lambda *args: pytest.fail("trained again"))
+    second = run_training(tiny_config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    assert first.statement == second.statement
+    assert (first.evaluation.proxy_tuned[0.5] == second.evaluation.proxy_tuned[0.5]).all()

@@ -1,0 +1,172 @@
+"""A whole run, in miniature: what it computes, what it leaves behind, what its parties see."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedpt_secure.config import RunConfig, build
+from fedpt_secure.data import Cache
+from fedpt_secure.errors import ConfigError, PrivacyError, RoundError
+from fedpt_secure.federation import RunDirectory, run_training
+from fedpt_secure.federation.server import AggregationServer
+from fedpt_secure.privacy import Ledger
+from fedpt_secure.progress import SILENT
+from fedpt_secure.report import summarise
+
+
+def changed(settings, **groups):
+    return build(RunConfig, {**settings, **{key: {**settings.get(key, {}), **value} for key, value in groups.items()}})
+
+
+def run(config, path, cache_path):
+    directory = RunDirectory.create(path, config)
+    return directory, run_training(config, directory, cache=Cache(cache_path), progress=SILENT)
+
+
+def test_a_run_keeps_its_promise_and_leaves_everything_behind(tiny_config, tmp_path):
+    directory, result = run(tiny_config, tmp_path / "run", tmp_path / "cache")
+    summary = summarise(result)
+    assert summary["private"] is True
+    assert 0 < summary["privacy"]["epsilon"] <= 4.0
+    assert set(summary["arms"]) == {"large_base", "small_base", "small_tuned", "proxy_tuned"}
+    assert all(math.isfinite(arm["loss"]) and len(arm["ci"]) == 2 for arm in summary["arms"].values())
+    low, high = summary["improvement"]["ci"]
+    assert low <= summary["improvement"]["loss"] <= high
+    assert summary["bytes"]["up_per_client_round"] > 4 * summary["training"]["trained_parameters"]
+    assert json.loads((directory.path / "privacy.json").read_text()) == json.loads(json.dumps(summary["privacy"]))
+    names = {path.name for path in directory.path.iterdir()}
+    assert {"config.toml", "adapter", "metrics.jsonl", "transcript.jsonl", "privacy.json", "checkpoint"} <= names
+    assert len(directory.read_log("metrics")) == len(directory.read_log("transcript")) == 3
+    json.dumps(summary, allow_nan=False)
+
+
+def test_the_adapter_loads_with_plain_peft(tiny_config, tiny_models, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    directory, _ = run(tiny_config, tmp_path / "run", tmp_path / "cache")
+    base = AutoModelForCausalLM.from_pretrained(tiny_models["small"], dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, directory.adapter)
+    saved = {name: value for name, value in tuned.named_parameters() if "lora_B" in name}
+    vector = torch.cat([saved[name].reshape(-1) for name in sorted(saved)]).detach().numpy()
+    assert (vector == directory.load_checkpoint().tensors["adapter"]).all()
+    assert np.abs(vector).sum() > 0
+
+
+def test_without_noise_the_run_says_that_it_is_not_private(tiny_settings, tmp_path):
+    config = changed(tiny_settings, privacy={"epsilon": float("inf")})
+    _, result = run(config, tmp_path / "run", tmp_path / "cache")
+    assert result.statement.private is False
+    assert result.statement.epsilon is None
+    assert result.statement.claim().startswith("NOT PRIVATE")
+
+
+def test_noise_from_a_seed_repeats_itself_bit_for_bit_and_is_marked_as_not_private(tiny_settings, tmp_path):
+    config = changed({**tiny_settings, "insecure_deterministic": True})
+    first, result = run(config, tmp_path / "one", tmp_path / "cache")
+    second, _ = run(config, tmp_path / "two", tmp_path / "cache")
+    adapters = [directory.load_checkpoint().tensors["adapter"] for directory in (first, second)]
+    assert (adapters[0] == adapters[1]).all()
+    assert json.loads((first.path / "privacy.json").read_text())["private"] is False
+    assert result.statement.epsilon is None
+
+
+def test_the_same_seed_gives_the_same_split_and_cohorts_but_never_the_same_noise(tiny_config, tmp_path):
+    one, first = run(tiny_config, tmp_path / "one", tmp_path / "cache")
+    two, second = run(tiny_config, tmp_path / "two", tmp_path / "cache")
+    assert first.text.digest == second.text.digest
+    assert [line["cohort"] for line in first.transcripts] == [line["cohort"] for line in second.transcripts]
+    adapters = [directory.load_checkpoint().tensors["adapter"] for directory in (one, two)]
+    assert (adapters[0] != adapters[1]).any()
+
+
+def test_a_run_with_dropouts_goes_on_and_counts_who_spent(tiny_settings, tmp_path):
+    config = changed(tiny_settings, federation={"rounds": 4, "dropout": 0.15})
+    directory, result = run(config, tmp_path / "run", tmp_path / "cache")
+    assert sum(len(line["dropped"]) for line in result.transcripts) > 0
+    assert not all(line["aborted"] for line in result.transcripts)
+    assert result.statement.epsilon <= 4.0
+    released = sum(
+        sum(item.steps for item in Ledger(path, epsilon=4.0, delta=1e-5).history())
+        for path in (directory.path / "clients").iterdir()
+    )
+    survivors = sum(len(line["survivors"]) for line in result.transcripts)
+    assert released >= survivors
+
+
+def test_a_run_whose_rounds_all_abort_says_so_and_changes_nothing(tiny_settings, tmp_path):
+    config = changed(tiny_settings, federation={"rounds": 2, "dropout": 0.95})
+    directory = RunDirectory.create(tmp_path / "run", config)
+    with pytest.raises(RoundError, match="all 2 rounds were aborted"):
+        run_training(config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    assert not directory.load_checkpoint().tensors["adapter"].any()
+
+
+def test_what_cannot_be_promised_is_refused_before_training(tiny_settings, tmp_path):
+    config = changed(tiny_settings, privacy={"delta": 0.5})
+    directory = RunDirectory.create(tmp_path / "run", config)
+    with pytest.raises(PrivacyError, match="not below 1/"):
+        run_training(config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    assert not (directory.path / "clients").exists()
+
+
+def test_a_cohort_larger_than_the_population_is_refused(tiny_settings, tmp_path):
+    config = changed(tiny_settings, federation={"cohort": 7})
+    with pytest.raises(ConfigError, match="the data has 6"):
+        run(config, tmp_path / "run", tmp_path / "cache")
+
+
+def test_distillation_moves_the_adapter_and_costs_no_privacy(tiny_settings, tmp_path):
+    settings = {**tiny_settings, "insecure_deterministic": True}
+    plain, first = run(changed(settings), tmp_path / "plain", tmp_path / "cache")
+    taught, second = run(changed(settings, proxy={"distill_steps": 2}), tmp_path / "taught", tmp_path / "cache")
+    adapters = [directory.load_checkpoint().tensors["adapter"] for directory in (plain, taught)]
+    assert (adapters[0] != adapters[1]).any()
+    assert first.statement.steps == second.statement.steps
+
+
+def test_no_message_to_the_server_holds_an_update(tiny_config, tmp_path, monkeypatch):
+    """On the bytes: neither a client's float update nor its ring encoding is in anything the server received."""
+    received: list[bytes] = []
+    updates: list[bytes] = []
+    receive, release = AggregationServer.receive, Ledger.release
+
+    def recording_receive(self, phase, client_id, message):
+        received.append(message)
+        receive(self, phase, client_id, message)
+
+    def recording_release(self, run_id, round_index, spent, update):
+        updates.append(np.ascontiguousarray(update, dtype="<f4").tobytes())
+        release(self, run_id, round_index, spent, update)
+
+    monkeypatch.setattr(AggregationServer, "receive", recording_receive)
+    monkeypatch.setattr(Ledger, "release", recording_release)
+    run(tiny_config, tmp_path / "run", tmp_path / "cache")
+    everything = b"".join(received)
+    assert len(updates) == 15
+    assert len(received) == 3 * 5 * 5
+    assert not any(update[start : start + 16] in everything for update in updates for start in range(0, 4096, 16))
+
+
+def test_the_servers_side_has_no_name_for_one_clients_update():
+    """On the types: what the server's methods give back is bytes for clients, or the aggregate."""
+    import inspect
+
+    public = {
+        name: inspect.signature(method).return_annotation
+        for name, method in inspect.getmembers(AggregationServer, inspect.isfunction)
+        if not name.startswith("_")
+    }
+    assert public == {
+        "aggregate": "RoundAggregate",
+        "publish_confirmations": "bytes",
+        "publish_keys": "bytes",
+        "publish_survivors": "bytes",
+        "receive": "None",
+        "route_shares": "Mapping[str, bytes]",
+    }
