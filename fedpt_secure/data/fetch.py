@@ -147,9 +147,7 @@ class Cache:
         return found
 
     def directory(self, name: str) -> Path:
-        """Where the members of the artefact `name` are or will be; the name carries the pin, so a new pin is a new
-        folder.
-        """
+        """Where the artefact's members are or will be. The folder's name carries the pin: a new pin, a new folder."""
         artefact = self._artefact(name)
         return self.root / "artefacts" / f"{name}-{artefact.sha256[:16]}"
 
@@ -187,9 +185,7 @@ class Cache:
             shutil.rmtree(directory, ignore_errors=True)
 
     def install(self, made: Path, final: Path) -> None:
-        """Move a finished folder out of `scratch` to its final name, in place of a damaged one. Call it with the
-        lock held.
-        """
+        """Move a finished folder out of `scratch` to its final name, in place of a damaged one, with the lock held."""
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():
             # A folder cannot be renamed over a folder with content.

@@ -1,6 +1,4 @@
-"""The Hugging Face hub, asked quickly and without surprises: never a long wait, never a file outside our own
-cache.
-"""
+"""The Hugging Face hub, asked without surprises: never a long wait, never a file outside our own cache."""
 
 from __future__ import annotations
 

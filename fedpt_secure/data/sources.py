@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
+import glob
 import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedpt_secure.config import DataConfig
 from fedpt_secure.data.fetch import Cache
 from fedpt_secure.data.hub import contained, hub_commit
 from fedpt_secure.data.passages import join_paragraphs
-from fedpt_secure.data.raw import RawText
+from fedpt_secure.data.raw import EMPTY, RawText
 from fedpt_secure.errors import ConfigError, DataError, FedptError
 from fedpt_secure.progress import Progress
 
@@ -62,7 +64,8 @@ def read_source(config: DataConfig, *, cache: Cache, progress: Progress) -> RawT
             if kind == "text":
                 return _read_texts(config, path, paths, library, progress)
             rows = _stream(kind, paths, library)
-            raw = RawText(path.name, f"{path.name}, the user's own data; a record is a row")
+            name = path.absolute().name
+            raw = RawText(name, f"{name}, the user's own data; a record is a row")
         _read_table(config, rows, raw, progress)
     return raw
 
@@ -95,12 +98,13 @@ def _read_texts(config: DataConfig, path: Path, paths: list[Path], library: _Lib
     given = [name for name in _COLUMNS if getattr(config, name) is not None]
     if given:
         raise ConfigError(f"{path} is plain text and has no columns; {', '.join(given)} given")
+    name = path.absolute().name
     raw = RawText(
-        path.name,
-        f"{path.name}, the user's own text files; a client is a file, a record is a passage of about 1,000 characters",
+        name, f"{name}, the user's own text files; a client is a file, a record is a passage of about 1,000 characters"
     )
-    with progress.task(f"read {path.name}", len(paths), unit="files") as task:
+    with progress.task(f"read {name}", len(paths), unit="files") as task:
         for file in paths:
+            before = raw.seen
             client_id = file.name if path.is_file() else file.relative_to(path).as_posix()
             paragraphs = (
                 row["text"] for row in _stream("text", [file], library, sample_by="paragraph", encoding="utf-8-sig")
@@ -109,6 +113,8 @@ def _read_texts(config: DataConfig, path: Path, paths: list[Path], library: _Lib
                 if raw.seen == config.maximum_records:
                     return raw
                 raw.add(passage, client_id=client_id)
+            if raw.seen == before:
+                raw.reject(EMPTY)
             task.advance()
     return raw
 
@@ -169,9 +175,7 @@ class _Columns:
 
 
 def _name(cell: Any) -> str | None:
-    """A client's or label's name out of a cell: text or a whole number (a missing value turns a column into
-    floats).
-    """
+    """A client's or label's name out of a cell: text or a whole number (gaps turn a column of those into floats)."""
     if isinstance(cell, str):
         return cell.strip() or None
     if isinstance(cell, float):
@@ -181,15 +185,16 @@ def _name(cell: Any) -> str | None:
 
 def _stream(kind: str, paths: list[Path], library: _Library, **options: Any) -> Iterator[dict[str, Any]]:
     """Rows of local files of one kind, a block at a time."""
-    for path in paths:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty")
+    empty = [path for path in paths if path.stat().st_size == 0]
+    if empty and kind != "text":
+        raise DataError(f"{empty[0]} is empty", hint="remove it, or write it again")
     if kind == "csv":
         options |= _csv_options(paths)
     what = str(paths[0].parent if len(paths) > 1 else paths[0])
     with _reading(what):
-        files = [str(path) for path in paths]
-        rows = iter(library.load(kind, data_files=files, split="train", streaming=True, **options))
+        # The library takes each name for a pattern.
+        files = [glob.escape(str(path)) for path in paths]
+        rows = iter(library.stream(kind, files, **options))
     while True:
         # The library raises errors of several others (pyarrow, pandas, its own) while it reads.
         with _reading(what):
@@ -238,7 +243,7 @@ def _hub_rows(source: str, library: _Library) -> tuple[Iterator[dict[str, Any]],
             hint="check the path; with HF_HUB_OFFLINE=1 a copy in the cache is used",
         )
     with _reading(source):
-        table = library.load(source, split="train", revision=commit)
+        table = library.fetch(source, revision=commit)
     at = f" at {commit[:12]}" if commit else " as cached"
     return iter(table), f"{source}{at} (Hugging Face, split train); a record is a row"
 
@@ -254,6 +259,7 @@ class _Library:
         import datasets
 
         config, undo = datasets.config, self._undo
+        self._locks = undo.enter_context(TemporaryDirectory(prefix="fedpt-secure-"))
         undo.enter_context(contained(self._cache.root))
         undo.callback(setattr, config, "HF_UPDATE_DOWNLOAD_COUNTS", config.HF_UPDATE_DOWNLOAD_COUNTS)
         undo.callback(datasets.logging.set_verbosity, datasets.logging.get_verbosity())
@@ -267,11 +273,20 @@ class _Library:
     def __exit__(self, *exception: object) -> None:
         self._undo.close()
 
-    def load(self, source: str, **options: Any) -> Any:
-        """`datasets.load_dataset` into our cache."""
+    def stream(self, kind: str, files: list[str], **options: Any) -> Any:
+        """Rows of local files, a block at a time; the lock file the library leaves goes at the end."""
         import datasets
 
-        return datasets.load_dataset(source, cache_dir=str(self._cache.root / "datasets"), **options)
+        return datasets.load_dataset(
+            kind, data_files=files, split="train", streaming=True, cache_dir=self._locks, **options
+        )
+
+    def fetch(self, repository: str, *, revision: str | None) -> Any:
+        """A data set of the hub, kept in our cache."""
+        import datasets
+
+        folder = str(self._cache.root / "datasets")
+        return datasets.load_dataset(repository, split="train", revision=revision, cache_dir=folder)
 
 
 @contextmanager

@@ -53,9 +53,7 @@ def convert_gguf(gguf: Path, directory: Path, progress: Progress) -> None:
 
 @contextmanager
 def _quiet(task: Task) -> Iterator[None]:
-    """Inside the block Transformers writes nothing to the terminal, and its GGUF reader's bar advances `task`
-    instead.
-    """
+    """Inside the block Transformers writes nothing to the terminal; its GGUF reader's bar advances `task` instead."""
     from transformers.utils import logging as transformers_logging
 
     # The reader takes its bar straight from tqdm, past the library's own switch.

@@ -271,9 +271,7 @@ def hash_weights(path: Path, progress: Progress = SILENT) -> dict[str, str]:
 
 
 def weights_digest(path: Path, hashes: Mapping[str, str]) -> str:
-    """SHA-256, in hex, over the configuration (without the version that wrote it) and the hashes of all weight
-    files.
-    """
+    """SHA-256, in hex, over the configuration, less the version that wrote it, and the hashes of the weight files."""
     config = json.loads((path / "config.json").read_bytes())
     architecture = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
     content = json.dumps([architecture, dict(hashes)], sort_keys=True)

@@ -118,6 +118,22 @@ def test_folder_of_text_is_a_client_per_file(tmp_path, cache):
     assert max(len(text) for _, text in pairs(raw)) <= 1000
 
 
+def test_empty_text_file_is_counted(tmp_path, cache):
+    write(tmp_path / "letters/a.txt", "")
+    write(tmp_path / "letters/b.txt", " \n\n \n")
+    write(tmp_path / "letters/c.txt", "text")
+    raw = read(str(tmp_path / "letters"), cache)
+    assert pairs(raw) == [("c.txt", "text")]
+    assert raw.unusable == {"empty": 2}
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "what?.jsonl", "*.jsonl", "a b.jsonl", "{x}.jsonl"])
+def test_file_name_is_not_taken_for_a_pattern(tmp_path, cache, name):
+    write(tmp_path / "other1.jsonl", '{"user": "u", "text": "wrong"}')
+    path = write(tmp_path / name, '{"user": "u", "text": "right"}')
+    assert pairs(read(path, cache, client_column="user")) == [("u", "right")]
+
+
 def test_text_files_can_be_dealt_to_simulated_clients(tmp_path, cache):
     for name in "ab":
         write(tmp_path / f"letters/{name}.txt", "\n\n".join(f"{name} {index} " + "x" * 600 for index in range(8)))
@@ -318,3 +334,4 @@ def test_nothing_is_written_to_home_or_the_terminal(tmp_path):
     )
     assert (finished.stdout, finished.stderr) == ("", "")
     assert list(home.rglob("*")) == []
+    assert not (tmp_path / "cache").exists()
