@@ -38,6 +38,7 @@ from fedpt_secure.crypto.errors import (
 from fedpt_secure.crypto.identities import Identity, Roster
 from fedpt_secure.crypto.labels import PROTOCOL_VERSION, SUITE
 from fedpt_secure.crypto.packing import ring_dtype
+from fedpt_secure.crypto.parameters import SecureAggregationParameters, secure_aggregation_parameters
 from fedpt_secure.crypto.policy import ClientPolicy, MemoryRoundRegister, RoundRegister
 from fedpt_secure.crypto.prg import RingVector
 from fedpt_secure.crypto.randomness import SYSTEM_RANDOM, InsecureDeterministicBytes, RandomBytes
@@ -75,6 +76,7 @@ __all__ = [
     "RoundReplayed",
     "SecAggClient",
     "SecAggServer",
+    "SecureAggregationParameters",
     "ServerState",
     "ShareRejected",
     "SignatureInvalid",
@@ -85,4 +87,5 @@ __all__ = [
     "WrongSession",
     "default_threshold",
     "ring_dtype",
+    "secure_aggregation_parameters",
 ]
