@@ -26,13 +26,12 @@ from fedpt_secure.crypto.errors import (
 from fedpt_secure.crypto.identities import SIGNATURE_BYTES, Identity, Roster
 from fedpt_secure.crypto.key_agreement import (
     KeyPair,
-    pair_mask_key,
     seal_key,
     self_mask_commitment,
-    self_mask_key,
     shared_secret,
 )
-from fedpt_secure.crypto.neighbours import mask_sign, share_point
+from fedpt_secure.crypto.masks import pair_mask, self_mask
+from fedpt_secure.crypto.neighbours import share_point
 from fedpt_secure.crypto.packing import pack, reduce_in_place, ring_dtype
 from fedpt_secure.crypto.policy import ClientPolicy, RoundRegister
 from fedpt_secure.crypto.prg import RingVector, SignedKey, apply_masks
@@ -108,9 +107,9 @@ class SecAggClient:
         self._workers = workers
         self._index = context.index_of(client_id)
         self._state = ClientState.READY
-        self._channel: KeyPair | None = None
-        self._mask: KeyPair | None = None
-        self._seed = bytearray()
+        self._channel = KeyPair.generate(random_bytes)
+        self._mask = KeyPair.generate(random_bytes)
+        self._seed = bytearray(random_bytes(32))
         self._own_entry = b""
         self._directory: Directory | None = None
         self._channel_secrets: dict[int, bytearray] = {}
@@ -126,9 +125,6 @@ class SecAggClient:
     def advertise(self) -> bytes:
         """Phase 1: fresh keys and a commitment to the self-mask seed, signed."""
         with self._step(ClientState.READY, ClientState.ADVERTISED):
-            self._channel = KeyPair.generate(self._random_bytes)
-            self._mask = KeyPair.generate(self._random_bytes)
-            self._seed = bytearray(self._random_bytes(32))
             commitment = self_mask_commitment(
                 self._seed, session_digest=self._context.session_digest, owner=self._name(self._index)
             )
@@ -197,7 +193,7 @@ class SecAggClient:
             directory = self._checked_directory()
             peers = self._open_inbox(inbox, directory)
             masked = vector.copy()
-            apply_masks(masked, self._mask_keys(peers, directory), workers=self._workers)
+            apply_masks(masked, self._masks(peers, directory), workers=self._workers)
             reduce_in_place(masked, self._context.ring_bits)
             packed = memoryview(pack(masked, self._context.ring_bits))
             self._erase_own_secrets()
@@ -326,8 +322,6 @@ class SecAggClient:
             raise BelowThreshold(f"{holders} of this client's share holders {what}; the threshold is {threshold}")
 
     def _seal_shares(self, directory: Directory) -> Iterator[bytes]:
-        if self._channel is None or self._mask is None:
-            raise ProtocolStateError("no keys were made yet")
         holders = directory.graph.holders(self._index)
         points = [share_point(holder) for holder in holders]
         threshold, draw = self._context.threshold, self._random_bytes
@@ -371,31 +365,13 @@ class SecAggClient:
         self._sharers = sharers
         return peers
 
-    def _mask_keys(self, peers: tuple[int, ...], directory: Directory) -> list[SignedKey]:
-        if self._mask is None:
-            raise ProtocolStateError("no keys were made yet")
-        session, model = self._context.session_digest, self._context.model_digest
-        own_key = self_mask_key(
-            self._seed,
-            session_digest=session,
-            directory_digest=directory.digest,
-            model_digest=model,
-            owner=self._name(self._index),
-        )
-        keys: list[SignedKey] = [(1, own_key)]
-        for peer in peers:
-            secret = shared_secret(self._mask.private, directory.advertisements[peer].mask_key)
-            key = pair_mask_key(
-                secret,
-                session_digest=session,
-                directory_digest=directory.digest,
-                model_digest=model,
-                one=self._name(self._index),
-                other=self._name(peer),
-            )
-            wipe_all((secret,))
-            keys.append((mask_sign(self._index, peer), key))
-        return keys
+    def _masks(self, peers: tuple[int, ...], directory: Directory) -> list[SignedKey]:
+        own, context = self._index, self._context
+        masks: list[SignedKey] = [(1, self_mask(self._seed, owner=own, directory=directory, context=context))]
+        masks += [
+            pair_mask(self._mask.private, owner=own, peer=peer, directory=directory, context=context) for peer in peers
+        ]
+        return masks
 
     def _survivor_statement(self, directory: Directory) -> bytes:
         return messages.survivors_to_sign(
@@ -449,11 +425,7 @@ class SecAggClient:
             raise ParameterError(f"an element of the vector is not below 2^{self._context.ring_bits}")
 
     def _erase_own_secrets(self) -> None:
-        for pair in (self._channel, self._mask):
-            if pair is not None:
-                wipe_all((pair.private,))
-        wipe_all((self._seed, *self._channel_secrets.values()))
-        self._channel, self._mask = None, None
+        wipe_all((self._channel.private, self._mask.private, self._seed, *self._channel_secrets.values()))
         self._channel_secrets.clear()
 
     def _erase_held_shares(self) -> None:

@@ -108,8 +108,8 @@ def secure_aggregation_parameters(
         degree, threshold, tolerated = None, max((cohort + corrupt) // 2 + 1, 2), corrupt
         if threshold > cohort - dropouts:
             raise ParameterError(
-                f"{cohort} clients cannot bear {corrupt} corruptions and {dropouts} dropouts: against two survivor lists "
-                f"the threshold must be {threshold}, and only {cohort - dropouts} may be left",
+                f"{cohort} clients cannot bear {corrupt} corruptions and {dropouts} dropouts: two survivor lists "
+                f"ask for a threshold of {threshold}, and only {cohort - dropouts} may be left",
                 hint="corrupt_fraction + 2 * dropout_fraction must stay below 1",
             )
         tries = ""

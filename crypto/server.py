@@ -26,14 +26,9 @@ from fedpt_secure.crypto.errors import (
     UnknownSender,
 )
 from fedpt_secure.crypto.identities import Roster
-from fedpt_secure.crypto.key_agreement import (
-    pair_mask_key,
-    public_key,
-    self_mask_commitment,
-    self_mask_key,
-    shared_secret,
-)
-from fedpt_secure.crypto.neighbours import mask_sign, share_point
+from fedpt_secure.crypto.key_agreement import public_key, self_mask_commitment
+from fedpt_secure.crypto.masks import pair_mask, self_mask
+from fedpt_secure.crypto.neighbours import share_point
 from fedpt_secure.crypto.packing import add_packed, packed_size, reduce_in_place, ring_dtype
 from fedpt_secure.crypto.prg import RingVector, SignedKey, apply_masks
 from fedpt_secure.crypto.sealing import SEALED_BYTES
@@ -337,35 +332,19 @@ class SecAggServer:
         seed = self._rebuild(
             owner, lambda seed: self_mask_commitment(seed, session_digest=session, owner=name) == committed
         )
-        key = self_mask_key(
-            seed,
-            session_digest=session,
-            directory_digest=directory.digest,
-            model_digest=self._context.model_digest,
-            owner=name,
-        )
+        key = self_mask(seed, owner=owner, directory=directory, context=self._context)
         wipe(seed)
         return key
 
     def _orphaned_masks(self, dropped: int, directory: Directory, survivors: set[int]) -> list[SignedKey]:
         advertised = directory.advertisements[dropped].mask_key
         private = self._rebuild(dropped, lambda private: public_key(private) == advertised)
-        masks: list[SignedKey] = []
-        for peer in directory.graph.neighbours(dropped):
-            if peer not in survivors:
-                continue
-            secret = shared_secret(private, directory.advertisements[peer].mask_key)
-            key = pair_mask_key(
-                secret,
-                session_digest=self._context.session_digest,
-                directory_digest=directory.digest,
-                model_digest=self._context.model_digest,
-                one=self._context.cohort[dropped],
-                other=self._context.cohort[peer],
-            )
-            wipe(secret)
-            # The survivor applied mask_sign(peer, dropped); the dropout's own sign is the opposite.
-            masks.append((mask_sign(dropped, peer), key))
+        # The dropout's own masks are the opposites of those that its neighbours applied: adding them takes those off.
+        masks = [
+            pair_mask(private, owner=dropped, peer=peer, directory=directory, context=self._context)
+            for peer in directory.graph.neighbours(dropped)
+            if peer in survivors
+        ]
         wipe(private)
         return masks
 

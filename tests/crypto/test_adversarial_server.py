@@ -30,10 +30,9 @@ from fedpt_secure.crypto import (
     WrongSession,
     key_agreement,
 )
-from fedpt_secure.crypto import client as client_module
 from fedpt_secure.crypto import directory as directory_module
+from fedpt_secure.crypto import masks as masks_module
 from fedpt_secure.crypto import messages as m
-from fedpt_secure.crypto import server as server_module
 from fedpt_secure.crypto.directory import Directory
 from fedpt_secure.crypto.key_agreement import KeyPair, pair_mask_key, self_mask_key, shared_secret
 from fedpt_secure.crypto.neighbours import mask_sign, share_point
@@ -344,14 +343,13 @@ def _session_without_model(monkeypatch):
 
 def _mask_keys_without_model(monkeypatch):
     """Take the model digest out of the mask keys, on both sides."""
-    for module in (client_module, server_module):
-        for name in ("pair_mask_key", "self_mask_key"):
-            derive = getattr(key_agreement, name)
-            monkeypatch.setattr(
-                module,
-                name,
-                lambda secret, derive=derive, **binding: derive(secret, **binding | {"model_digest": bytes(32)}),
-            )
+    for name in ("pair_mask_key", "self_mask_key"):
+        derive = getattr(key_agreement, name)
+        monkeypatch.setattr(
+            masks_module,
+            name,
+            lambda secret, derive=derive, **binding: derive(secret, **binding | {"model_digest": bytes(32)}),
+        )
 
 
 def test_a_client_given_other_weights_is_in_another_session(make_cohort):

@@ -344,7 +344,7 @@ def test_own_secrets_are_wiped_once_the_vector_is_masked(make_cohort):
     assert all(any(secret) for secret in secrets)
     a_round.mask()
     assert not any(any(secret) for secret in secrets)
-    assert not any(vars(client)[name] for name in ("_channel", "_mask", "_channel_secrets"))
+    assert not client._channel_secrets
 
 
 def test_discarding_a_finished_client_leaves_it_finished(make_cohort):
