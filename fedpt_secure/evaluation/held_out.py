@@ -28,7 +28,8 @@ from fedpt_secure.proxy.small_pair import SmallPair
 
 FloatVector = npt.NDArray[np.float64]
 
-_ROWS_AT_ONCE = 128
+# Small enough that the temporaries stay in cache and are reused; buffers of 128 rows cost 2-3 times as much on a CPU.
+_ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from fedpt_secure.lm.vocabulary import Vocabulary
 NORMALISATION_TOLERANCE = 1e-3
 """How far, in nats, the log of a distribution's total mass may lie from 0: room for an API that rounds to 4 digits."""
 
-_ROWS_CHECKED_AT_ONCE = 128
+# Small enough that the temporaries stay in cache and are reused; buffers of 128 rows cost 2-3 times as much on a CPU.
+_ROWS_CHECKED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
