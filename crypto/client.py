@@ -32,7 +32,7 @@ from fedpt_secure.crypto.key_agreement import (
 )
 from fedpt_secure.crypto.masks import pair_mask, self_mask
 from fedpt_secure.crypto.neighbours import share_point
-from fedpt_secure.crypto.packing import pack, reduce_in_place, ring_dtype
+from fedpt_secure.crypto.packing import check_vector, pack, reduce_in_place
 from fedpt_secure.crypto.policy import ClientPolicy, RoundRegister
 from fedpt_secure.crypto.prg import RingVector, SignedKey, apply_masks
 from fedpt_secure.crypto.randomness import SYSTEM_RANDOM, RandomBytes
@@ -188,7 +188,7 @@ class SecAggClient:
             BelowThreshold: too few clients shared their keys.
         """
         self._require_state(ClientState.SHARED)
-        self._check_vector(vector)
+        check_vector(vector, length=self._context.vector_length, ring_bits=self._context.ring_bits)
         with self._step(ClientState.SHARED, ClientState.MASKED):
             directory = self._checked_directory()
             peers = self._open_inbox(inbox, directory)
@@ -333,13 +333,12 @@ class SecAggClient:
                 continue
             secret = shared_secret(self._channel.private, directory.advertisements[holder].channel_key)
             self._channel_secrets[holder] = secret
-            key, data = self._seal_inputs(secret, directory, sender=self._index, receiver=holder)
+            key, data = self._sealing(secret, directory, sender=self._index, receiver=holder)
             yield seal(key, mask_share, seed_share, data=data)
             wipe_all((mask_share, seed_share))
 
-    def _seal_inputs(
-        self, secret: bytearray, directory: Directory, *, sender: int, receiver: int
-    ) -> tuple[bytes, bytes]:
+    def _sealing(self, secret: bytearray, directory: Directory, *, sender: int, receiver: int) -> tuple[bytes, bytes]:
+        """Key and associated data of what `sender` seals for `receiver`."""
         session, digest = self._context.session_digest, directory.digest
         names = {"sender": self._name(sender), "receiver": self._name(receiver)}
         key = seal_key(secret, session_digest=session, directory_digest=digest, **names)
@@ -360,7 +359,7 @@ class SecAggClient:
         )
         for peer, sealed in zip(peers, pairs, strict=True):
             secret = self._channel_secrets[peer]
-            key, data = self._seal_inputs(secret, directory, sender=peer, receiver=self._index)
+            key, data = self._sealing(secret, directory, sender=peer, receiver=self._index)
             self._held_shares[peer] = unseal(key, sealed, data=data, sender=self._name(peer))
         self._sharers = sharers
         return peers
@@ -414,15 +413,6 @@ class SecAggClient:
             raise BelowThreshold(
                 f"{agreed} share holders confirmed the survivor list; the threshold is {self._context.threshold}"
             )
-
-    def _check_vector(self, vector: RingVector) -> None:
-        dtype, length = ring_dtype(self._context.ring_bits), self._context.vector_length
-        if vector.dtype != dtype or vector.shape != (length,):
-            raise ParameterError(
-                f"the vector has dtype {vector.dtype} and shape {vector.shape}; the round needs {dtype} and ({length},)"
-            )
-        if self._context.ring_bits < dtype.itemsize * 8 and int(vector.max()) >> self._context.ring_bits:
-            raise ParameterError(f"an element of the vector is not below 2^{self._context.ring_bits}")
 
     def _erase_own_secrets(self) -> None:
         wipe_all((self._channel.private, self._mask.private, self._seed, *self._channel_secrets.values()))

@@ -21,6 +21,21 @@ def ring_dtype(ring_bits: int) -> np.dtype[Any]:
     return np.dtype(np.uint32 if ring_bits <= 32 else np.uint64)
 
 
+def check_vector(vector: RingVector, *, length: int, ring_bits: int) -> None:
+    """Accept a vector of `length` elements of Z_{2^ring_bits}.
+
+    Raises:
+        ParameterError: dtype or shape is another one, or an element is not below 2^ring_bits.
+    """
+    dtype = ring_dtype(ring_bits)
+    if vector.dtype != dtype or vector.shape != (length,):
+        raise ParameterError(
+            f"the vector has dtype {vector.dtype} and shape {vector.shape}; the round needs {dtype} and ({length},)"
+        )
+    if ring_bits < dtype.itemsize * 8 and int(vector.max()) >> ring_bits:
+        raise ParameterError(f"an element of the vector is not below 2^{ring_bits}")
+
+
 def packed_size(length: int, ring_bits: int) -> int:
     """Bytes that `length` elements of Z_{2^ring_bits} take on the wire."""
     return (length * ring_bits + 7) // 8
