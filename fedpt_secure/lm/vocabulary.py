@@ -64,7 +64,8 @@ class Vocabulary:
         if outside or not self.end_ids:
             raise ModelError(
                 f"separator {self.separator_id} and end tokens {list(self.end_ids)}"
-                f" must be ids below {len(self.tokens)}"
+                f" must be ids below {len(self.tokens)}, with one end token or more",
+                hint="name the separator and the end tokens by their strings",
             )
 
     @property

@@ -31,13 +31,13 @@ class AdapterPair:
     Args:
         model: a model with one LoRA adapter, active.
         token_map: how its vocabulary sits in the large one; its output layer may be wider (padding).
-        batch_tokens: positions per forward pass.
+        batch_tokens: positions per forward pass; bounds the memory to about `8 * batch_tokens * width` bytes.
 
     Raises:
         ModelError: the output layer is narrower than the token map.
     """
 
-    def __init__(self, model: PeftModel, token_map: TokenMap, *, batch_tokens: int = 2048) -> None:
+    def __init__(self, model: PeftModel, token_map: TokenMap, *, batch_tokens: int = 1024) -> None:
         base: Any = model.get_base_model()
         width = base.get_output_embeddings().weight.shape[0]
         if width < token_map.small_vocabulary_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import resources
 from pathlib import Path
 
@@ -48,8 +49,6 @@ class TestVocabulary:
         assert shipped.end_ids == (0, 2)
 
     def test_the_digest_is_sha256_of_the_length_prefixed_tokens(self):
-        import hashlib
-
         tokens = ("a", "Ġb", "é")
         content = b"".join(len(t.encode()).to_bytes(4, "big") + t.encode() for t in tokens)
         assert vocabulary(*tokens).digest == hashlib.sha256(content).hexdigest()
