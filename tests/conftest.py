@@ -50,7 +50,25 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of 6 clients with 12 distinct records each."""
     simulation_rng = random.Random(5)
-    words = "hey lol nice day today work home game tomorrow maybe pizza movie sleep fine thanks really good".split()
+    words = [
+        "hey",
+        "lol",
+        "nice",
+        "day",
+        "today",
+        "work",
+        "home",
+        "game",
+        "tomorrow",
+        "maybe",
+        "pizza",
+        "movie",
+        "sleep",
+        "fine",
+        "thanks",
+        "really",
+        "good",
+    ]
     path = tmp_path_factory.mktemp("data") / "chat.jsonl"
     with path.open("w", encoding="utf-8") as stream:
         for client in range(6):

@@ -26,7 +26,6 @@ from fedpt_secure.proxy import (
     guard,
 )
 
-
 PASSAGE_SEPARATOR = "\n%%\n"
 PUBLIC_PASSAGES = 200
 """Passages of public text that the black box is asked about once; 40 or so tokens each keep the cost to a minute."""

@@ -30,7 +30,9 @@ def summarise(result: RunResult) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "private": result.statement.private,
-        **_utility(evaluation, alpha=config.proxy.alpha, seed=config.seed, resamples=config.evaluation.bootstrap_samples),
+        **_utility(
+            evaluation, alpha=config.proxy.alpha, seed=config.seed, resamples=config.evaluation.bootstrap_samples
+        ),
         "alpha": config.proxy.alpha,
         "privacy": result.statement.to_json(),
         "data": {

@@ -121,9 +121,7 @@ def test_a_killed_private_run_sends_the_same_update_again_and_spends_once(tiny_c
 
     ClientWorker._update = recording
     try:
-        result = run_training(
-            tiny_config, RunDirectory.open(tmp_path / "run"), cache=Cache(cache), progress=SILENT
-        )
+        result = run_training(tiny_config, RunDirectory.open(tmp_path / "run"), cache=Cache(cache), progress=SILENT)
     finally:
         ClientWorker._update = original
     assert all((1, update) in sent for update in before.values())

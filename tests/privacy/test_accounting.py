@@ -20,9 +20,7 @@ def gaussian_epsilon(noise_multiplier: float, steps: int, delta: float) -> float
     mu = math.sqrt(steps) / noise_multiplier
 
     def excess(epsilon: float) -> float:
-        return (
-            norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu) - delta
-        )
+        return norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * norm.cdf(-mu / 2 - epsilon / mu) - delta
 
     return float(brentq(excess, 0, 200))
 

@@ -92,7 +92,7 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm():
 
 
 def test_a_normaliser_taken_from_the_data_would_break_the_sensitivity():
-    """The broken variant: dividing by the number of records lets one record move the sum by more than the clip norm."""
+    """The broken variant: divided by the number of records, one record moves the sum by more than the clip norm."""
     small, data = small_lm(), examples(3)
     unit = 2.0 / 3
     whole = train_locally(small, data, settings(normaliser=3.0), noise=SecureRandom()).vector
@@ -122,7 +122,9 @@ def test_noise_has_the_calibrated_scale_and_weaker_noise_is_noticed(scale, passe
 def test_a_step_that_samples_nobody_is_still_a_step():
     """Otherwise a missing step would tell that the sample was empty."""
     small = small_lm()
-    update = train_locally(small, examples(2), settings(sampling_rate=1e-12, noise_multiplier=1.0), noise=SecureRandom())
+    update = train_locally(
+        small, examples(2), settings(sampling_rate=1e-12, noise_multiplier=1.0), noise=SecureRandom()
+    )
     assert update.steps == 1
     assert (update.vector != 0).all()
 
@@ -207,7 +209,9 @@ def test_two_neighbouring_data_sets_cannot_be_told_apart_better_than_promised():
     def measured_mu(noise_multiplier: float) -> float:
         noisy = settings(noise_multiplier=noise_multiplier)
         absent, present = (
-            np.array([train_locally(small, world, noisy, noise=SecureRandom()).vector @ direction for _ in range(trials)])
+            np.array(
+                [train_locally(small, world, noisy, noise=SecureRandom()).vector @ direction for _ in range(trials)]
+            )
             for world in (data[:-1], data)
         )
         errors = int((absent > threshold).sum()), int((present <= threshold).sum())

@@ -55,9 +55,9 @@ def test_one_source_never_repeats_itself():
 
 
 def test_a_global_seed_changes_nothing():
-    np.random.seed(7)  # noqa: NPY002
+    np.random.seed(7)
     first = SecureRandom().gaussian(8, standard_deviation=1.0)
-    np.random.seed(7)  # noqa: NPY002
+    np.random.seed(7)
     assert (first != SecureRandom().gaussian(8, standard_deviation=1.0)).any()
 
 
