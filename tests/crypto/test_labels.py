@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,3 +28,10 @@ def test_moving_a_byte_between_parts_changes_the_digest():
 def test_the_same_secret_gives_unrelated_keys_for_different_purposes():
     keys = {derive_key(b"s" * 32, salt=b"t" * 32, label=label, parts=(b"x",)) for label in Label}
     assert len(keys) == len(Label)
+
+
+def test_the_documented_table_is_the_one_in_the_code():
+    """Every row, in order: a second implementation is written from the page."""
+    page = Path(__file__).parents[2] / "docs" / "protocol.md"
+    rows = [line.split("`") for line in page.read_text().splitlines() if line.count("`fedpt-secagg/1 ") == 1]
+    assert [(row[1], row[3]) for row in rows] == [(label.name, label.value) for label in Label]
