@@ -127,10 +127,13 @@ def domains(options: argparse.Namespace) -> Iterator[Domain]:
 
 
 def dialogues(directory: Path) -> list[str]:
-    """The corpus's conversations, one text each, one line an utterance; lists of facts and code are left out."""
+    """The corpus's conversations, one text each, one line an utterance, one conversation per opening line.
+
+    Lists of facts, code, and the support log (one form letter repeated) are left out.
+    """
     found = []
     for path in sorted(directory.glob("*.yml")):
-        if path.stem in {"coding", "trivia", "literature", "computers"}:
+        if path.stem in {"coding", "trivia", "literature", "computers", "tech_support"}:
             continue
         lines: list[str] = []
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -142,7 +145,7 @@ def dialogues(directory: Path) -> list[str]:
                 lines = []
             lines.append(match[2].strip().strip("'\"").replace("''", "'"))
         found.append("\n".join(lines) + "\n")
-    return found
+    return list({text.split("\n", 1)[0].lower(): text for text in found}.values())
 
 
 def padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:

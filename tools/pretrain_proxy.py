@@ -8,14 +8,15 @@ Three steps, each resumable and seeded:
     python tools/pretrain_proxy.py export --work WORK --large LARGE --books BOOKS --generated GENERATED --out OUT
 
 LARGE is the large model in Transformers format; BOOKS is the gzip-compressed JSON lines that `proxy_corpus.py`
-describes. `train` continues from the last checkpoint in WORK; `--stop-after` ends a plateau phase early, so that a
-longer run can be continued or branched from it. The run's log is WORK/log.jsonl.
+describes. `train` continues from the last checkpoint in WORK (SIGTERM writes one and stops); `--stop-after` ends a
+plateau phase early, so that a longer run can be continued or branched from it. The run's log is WORK/NAME.log.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def train(options: argparse.Namespace) -> None:
     layers = [int(part) for part in options.layers.split(",") if part]
     model = initial_model(
         teacher, mapping, layers=layers, hidden=options.hidden, depth=options.depth,
-        intermediate=options.intermediate, seed=options.seed,
+        intermediate=options.intermediate, seed=options.seed, fused_attention=device.type != "cpu",
     ).to(device)  # fmt: skip
     del teacher
     steppers = optimizers(model, options.lr, options.weight_decay, options.embedding_share)
@@ -156,7 +157,9 @@ def train(options: argparse.Namespace) -> None:
     began, last, since = time.time(), time.time(), done
     step = done // options.batch_tokens
     average = 0.0
-    while done < limit and not (options.minutes and time.time() - began > 60 * options.minutes):
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _frame: stopped.append(number))
+    while done < limit and not stopped and not (options.minutes and time.time() - began > 60 * options.minutes):
         rng = np.random.default_rng((options.seed, step))
         rows = options.batch_tokens // options.context
         from_text = int(rng.binomial(rows, options.generated_share))
