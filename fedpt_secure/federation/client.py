@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedpt_secure.config import RunConfig
+from fedpt_secure.config import FederationConfig, RunConfig
 from fedpt_secure.crypto import (
     ClientPolicy,
     FixedPointEncoding,
@@ -100,45 +100,47 @@ class ClientWorker:
         terms, federation = self._terms, self._terms.config.federation
         if announcement.run_id != terms.run_id or announcement.config_digest != terms.config_digest:
             raise RoundError("the server announced a round of another run or configuration than the one joined")
+        if announcement.ring_bits != federation.ring_bits:
+            raise RoundError(
+                f"the server wants a ring of {announcement.ring_bits} bits, agreed were {federation.ring_bits}"
+            )
         if not 0 <= announcement.round_index < federation.rounds:
             raise RoundError(f"round {announcement.round_index} is not one of the {federation.rounds} agreed rounds")
         vector = announcement.adapter_vector()
         if vector.shape != (small.dimension,):
             raise RoundError(f"announced adapter has {vector.size} entries, the agreed one has {small.dimension}")
-        context = RoundContext(
-            run_id=announcement.run_id,
-            round_index=announcement.round_index,
-            attempt=announcement.attempt,
-            cohort=announcement.cohort,
-            roster_digest=self._roster.digest,
-            model_digest=small.weights_digest(vector),
-            vector_length=small.dimension,
-            ring_bits=announcement.ring_bits,
-            threshold=announcement.threshold,
-            minimum_survivors=announcement.minimum_survivors,
-        )
-        policy = ClientPolicy(
-            minimum_cohort=federation.cohort,
-            minimum_threshold=default_threshold(federation.cohort),
-            minimum_survivors=federation.minimum_survivors or default_threshold(federation.cohort),
-        )
-        self._announcement = announcement
+        if not np.isfinite(vector).all():
+            raise RoundError("announced adapter holds entries that are not finite")
         with as_round_error(f"client {self.client_id}"):
-            self._protocol = SecAggClient(
+            context = RoundContext(
+                run_id=announcement.run_id,
+                round_index=announcement.round_index,
+                attempt=announcement.attempt,
+                cohort=announcement.cohort,
+                roster_digest=self._roster.digest,
+                model_digest=small.weights_digest(vector),
+                vector_length=small.dimension,
+                ring_bits=announcement.ring_bits,
+                threshold=announcement.threshold,
+                minimum_survivors=announcement.minimum_survivors,
+            )
+            protocol = SecAggClient(
                 context=context,
                 identity=self._identity,
                 client_id=self.client_id,
                 roster=self._roster,
-                policy=policy,
+                policy=_policy(federation),
             )
-            return self._protocol.advertise()
+            answer = protocol.advertise()
+        self._announcement, self._protocol = announcement, protocol
+        return answer
 
     def share_keys(self, directory: bytes) -> bytes:
         """Verify everybody's signed keys; answer with sealed secret shares."""
         with as_round_error(f"client {self.client_id}"):
             return self._active.share_keys(directory)
 
-    def train_and_mask(self, inbox: bytes, small: SmallLM, *, on_example: Callable[[int], None]) -> bytes:
+    def train_and_mask(self, inbox: bytes, small: SmallLM) -> bytes:
         """Train, count the release in the ledger, then answer with the masked update.
 
         A round that was interrupted after the release sends the same update again, under fresh masks.
@@ -147,7 +149,7 @@ class ClientWorker:
             BudgetExceeded: the client's own budget would be passed; it declines.
         """
         announcement = self._announced
-        update = self._update(announcement, small, on_example)
+        update = self._update(announcement, small)
         federation, training = self._terms.config.federation, self._terms.config.training
         encoding = FixedPointEncoding(
             ring_bits=federation.ring_bits, bound=training.update_bound, cohort=federation.cohort
@@ -188,9 +190,7 @@ class ClientWorker:
             raise RoundError(f"client {self.client_id} is in no round")
         return self._announcement
 
-    def _update(
-        self, announcement: Announcement, small: SmallLM, on_example: Callable[[int], None]
-    ) -> npt.NDArray[np.float32]:
+    def _update(self, announcement: Announcement, small: SmallLM) -> npt.NDArray[np.float32]:
         run_id = self._terms.run_id.hex()
         update = self._ledger.pending(run_id, announcement.round_index)
         if update is not None:
@@ -211,7 +211,16 @@ class ClientWorker:
                 learning_rate=training.local_learning_rate,
             ),
             noise=self._randomness.noise(announcement.round_index),
-            on_example=on_example,
         )
         self._ledger.release(run_id, announcement.round_index, request, trained.vector)
         return trained.vector
+
+
+def _policy(federation: FederationConfig) -> ClientPolicy:
+    """The client's own floors, from the configuration it agreed to."""
+    threshold = default_threshold(federation.cohort)
+    return ClientPolicy(
+        minimum_cohort=federation.cohort,
+        minimum_threshold=threshold,
+        minimum_survivors=federation.minimum_survivors or threshold,
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedpt_secure.data.simulation import simulation_rng
-from fedpt_secure.errors import BudgetExceeded, RoundError
+from fedpt_secure.errors import PrivacyError, RoundError
 from fedpt_secure.federation.client import ClientWorker
 from fedpt_secure.federation.server import AggregationServer, RoundAggregate
 from fedpt_secure.lm.small import SmallLM
@@ -87,7 +87,7 @@ def _phases(carrier: _Carrier, small: SmallLM, task: Task) -> RoundAggregate:
     down = server.route_shares()
 
     def train(worker: ClientWorker, message: bytes) -> bytes:
-        answer = worker.train_and_mask(message, small, on_example=lambda count: None)
+        answer = worker.train_and_mask(message, small)
         task.advance()
         return answer
 
@@ -128,7 +128,7 @@ class _Carrier:
                 continue
             try:
                 response = answer(self.workers[client], message)
-            except (RoundError, BudgetExceeded) as error:
+            except (RoundError, PrivacyError) as error:
                 # A client that declines is silent to the others; its reason stays in the transcript.
                 self.transcript.dropped[client] = f"{name}: {error.message}"
                 continue

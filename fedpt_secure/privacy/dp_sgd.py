@@ -12,7 +12,7 @@ Three things differ from Opacus's defaults, because they carry the proof:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,12 +82,8 @@ def train_locally(
     settings: DpSgdSettings,
     *,
     noise: NoiseSource,
-    on_example: Callable[[int], None] = lambda count: None,
 ) -> LocalUpdate:
     """Take noisy steps from the adapter that is loaded; the adapter is put back before returning.
-
-    Args:
-        on_example: told the number of examples after each physical batch, for a progress bar on the client.
 
     Raises:
         PrivacyError: settings that are not a mechanism (no clipping, rate outside (0, 1], ...).
@@ -115,7 +111,6 @@ def train_locally(
                 optimizer.signal_skip_step(do_skip=index + 1 < len(batches))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                on_example(len(batch))
             if not batches:
                 # Nobody was sampled: the step must still be taken, and looks like any other, noise and all.
                 for parameter in parameters:

@@ -114,8 +114,8 @@ def test_a_killed_private_run_sends_the_same_update_again_and_spends_once(tiny_c
     sent = {}
     original = ClientWorker._update
 
-    def recording(self, announcement, small, on_example):
-        update = original(self, announcement, small, on_example)
+    def recording(self, announcement, small):
+        update = original(self, announcement, small)
         sent[announcement.round_index, update.tobytes()] = self.client_id
         return update
 

@@ -1,0 +1,225 @@
+"""A client takes part on the agreed terms only, whatever the server says."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedpt_secure.config import RunConfig, build
+from fedpt_secure.crypto import Identity, Roster
+from fedpt_secure.errors import BudgetExceeded, PrivacyError, RoundError
+from fedpt_secure.federation import ClientTerms, ClientWorker
+from fedpt_secure.federation.announcement import Announcement
+from fedpt_secure.federation.local_engine import draw_dropouts, run_round
+from fedpt_secure.federation.population import client_randomness, config_digest
+from fedpt_secure.federation.server import AggregationServer
+from fedpt_secure.lm.small import BaseLM, SmallLM
+from fedpt_secure.lm.token_map import TokenMap
+from fedpt_secure.privacy import Ledger, SmallExample
+from fedpt_secure.progress import SILENT
+
+CONFIG = build(
+    RunConfig,
+    {
+        "federation": {"rounds": 2, "cohort": 5},
+        "privacy": {"epsilon": 4, "sampling_rate": 1.0},
+        "lora": {"rank": 1},
+        "insecure_deterministic": True,
+    },
+)
+IDS = tuple(f"client {index}" for index in range(5))
+RUN_ID = bytes(16)
+NOISE = 2.0
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    base = BaseLM(LlamaForCausalLM(config), TokenMap.identity(32), "tiny")
+    return SmallLM(base, CONFIG.lora, seed=0, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def federation(tmp_path):
+    """Workers and roster of five clients; their ledgers lie in `tmp_path`."""
+    identities = {client: Identity.generate() for client in IDS}
+    roster = Roster({client: identity.verify_key_bytes for client, identity in identities.items()})
+    terms = ClientTerms(RUN_ID, CONFIG, config_digest(CONFIG), NOISE)
+    workers = {
+        client: ClientWorker(
+            client,
+            [SmallExample((0, 1 + index, 3, 4), 1)] * 3,
+            terms=terms,
+            identity=identities[client],
+            roster=roster,
+            ledger=Ledger(tmp_path / str(index), epsilon=4.0, delta=1e-5),
+            randomness=client_randomness(CONFIG, client),
+        )
+        for index, client in enumerate(IDS)
+    }
+    return workers, roster
+
+
+def server_for(roster, small, round_index=0, attempt=0):
+    adapter = small.adapter_vector()
+    return AggregationServer(
+        config=CONFIG,
+        config_digest=config_digest(CONFIG),
+        run_id=RUN_ID,
+        round_index=round_index,
+        attempt=attempt,
+        cohort=IDS,
+        roster=roster,
+        adapter=adapter,
+        model_digest=small.weights_digest(adapter),
+    )
+
+
+def altered(announcement, **changes):
+    decoded = Announcement.from_bytes(announcement)
+    return msgspec.structs.replace(decoded, **changes).to_bytes()
+
+
+def test_the_aggregate_is_the_mean_of_the_clients_updates(federation, small, tmp_path):
+    workers, roster = federation
+    aggregate, transcript = run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
+    assert transcript.survivors == IDS
+    updates = [Ledger(tmp_path / str(index), epsilon=4.0, delta=1e-5).pending(RUN_ID.hex(), 0) for index in range(5)]
+    step = 5 * CONFIG.training.update_bound / (2**31 - 1)  # of the ring's grid
+    expected = np.mean(np.clip(updates, -1, 1), axis=0)
+    assert np.abs(aggregate.mean_update - expected).max() <= step * 5
+
+
+@pytest.mark.parametrize("phase", ["advertise", "share_keys", "mask", "confirm", "unmask"])
+def test_one_client_may_vanish_before_any_phase(federation, small, phase):
+    workers, roster = federation
+    aggregate, transcript = run_round(
+        server_for(roster, small), workers, small, dropouts={IDS[2]: phase}, progress=SILENT
+    )
+    assert aggregate is not None
+    assert transcript.dropped == {IDS[2]: f"{phase}: vanished"}
+    assert (IDS[2] in transcript.survivors) is (phase in ("confirm", "unmask"))
+
+
+@pytest.mark.parametrize("phase", ["advertise", "share_keys", "mask", "confirm", "unmask"])
+def test_below_the_threshold_the_round_is_aborted_and_nothing_is_learned(federation, small, phase):
+    workers, roster = federation
+    aggregate, transcript = run_round(
+        server_for(roster, small), workers, small, dropouts=dict.fromkeys(IDS[:2], phase), progress=SILENT
+    )
+    assert aggregate is None
+    assert transcript.aborted
+    assert transcript.survivors == ()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run_id": bytes(15) + b"x"},
+        {"config_digest": bytes(32)},
+        {"round_index": 2},
+        {"round_index": -1},
+        {"ring_bits": 16},
+        {"threshold": 2},
+        {"minimum_survivors": 2},
+        {"cohort": IDS[:4]},
+        {"cohort": (*IDS[:4], IDS[3])},
+        {"cohort": (*IDS, "stranger")},
+        {"adapter": b"1234"},
+        {"adapter": b"123"},
+        {"protocol": "fedpt-secure/round/0"},
+    ],
+)
+def test_other_terms_than_agreed_are_refused(federation, small, changes):
+    workers, roster = federation
+    announcement = altered(server_for(roster, small).announcement, **changes)
+    with pytest.raises(RoundError):
+        workers[IDS[0]].announce(announcement, small)
+
+
+def test_an_adapter_that_is_not_finite_is_refused(federation, small):
+    workers, roster = federation
+    poisoned = np.full(small.dimension, np.nan, dtype="<f4").tobytes()
+    with pytest.raises(RoundError, match="not finite"):
+        workers[IDS[0]].announce(altered(server_for(roster, small).announcement, adapter=poisoned), small)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00", b"\xff" * 40, b"\x93\x01\x02\x03"])
+def test_garbage_is_refused(federation, small, content):
+    workers, _ = federation
+    with pytest.raises(RoundError, match="cannot be read"):
+        workers[IDS[0]].announce(content, small)
+
+
+def test_a_client_given_other_weights_drops_out_of_the_sum(federation, small):
+    """Model inconsistency (Pasquini et al. 2022): its keys are signed for another model, so nobody masks with it."""
+    workers, roster = federation
+    server = server_for(roster, small)
+    other = np.ones(small.dimension, dtype="<f4").tobytes()
+    honest = workers[IDS[0]].announce
+
+    def announce(content, model):
+        return honest(altered(content, adapter=other), model)
+
+    workers[IDS[0]].announce = announce
+    aggregate, transcript = run_round(server, workers, small, dropouts={}, progress=SILENT)
+    assert aggregate is None or IDS[0] not in transcript.survivors
+    assert any(IDS[0] in line for line in transcript.rejected)
+
+
+def test_a_round_once_settled_is_never_trained_again(federation, small):
+    workers, roster = federation
+    run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
+    for worker in workers.values():
+        worker.settle(1)
+    aggregate, transcript = run_round(
+        server_for(roster, small, attempt=1), workers, small, dropouts={}, progress=SILENT
+    )
+    assert aggregate is None
+    assert all("already taken part" in reason for reason in transcript.dropped.values())
+    assert all(worker.history[0].steps == 1 for worker in workers.values())
+
+
+def test_a_client_over_its_budget_declines_before_training(federation, small, tmp_path, monkeypatch):
+    workers, roster = federation
+    monkeypatch.setattr(
+        Ledger, "check", lambda self, request: (_ for _ in ()).throw(BudgetExceeded("its budget is used up"))
+    )
+    monkeypatch.setattr(
+        "fedpt_secure.federation.client.train_locally", lambda *args, **kwargs: pytest.fail("trained all the same")
+    )
+    aggregate, transcript = run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
+    assert aggregate is None
+    assert set(transcript.dropped.values()) == {"mask: its budget is used up"}
+
+
+def test_a_client_without_a_usable_ledger_does_not_send(federation, small, tmp_path):
+    workers, roster = federation
+    path = tmp_path / "0" / "ledger.sqlite"
+    path.write_bytes(b"scrambled" * 1000)
+    with pytest.raises(PrivacyError, match="cannot be used"):
+        workers[IDS[0]].history  # noqa: B018
+    aggregate, transcript = run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
+    assert aggregate is not None
+    assert IDS[0] not in transcript.survivors
+
+
+def test_dropouts_are_drawn_at_the_stated_rate_and_repeat_with_the_seed():
+    """10,000 draws at 0.1; 5 standard deviations, false alarm 6e-7."""
+    cohort = [f"c{index}" for index in range(10_000)]
+    drawn = draw_dropouts(cohort, dropout=0.1, seed=1, round_index=0)
+    assert abs(len(drawn) - 1000) < 5 * 30
+    assert drawn == draw_dropouts(cohort, dropout=0.1, seed=1, round_index=0)
+    assert set(drawn.values()) == {"advertise", "share_keys", "mask", "confirm", "unmask"}
+    assert draw_dropouts(cohort, dropout=0.0, seed=1, round_index=0) == {}
