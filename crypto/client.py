@@ -24,12 +24,7 @@ from fedpt_secure.crypto.errors import (
     TranscriptMismatch,
 )
 from fedpt_secure.crypto.identities import SIGNATURE_BYTES, Identity, Roster
-from fedpt_secure.crypto.key_agreement import (
-    KeyPair,
-    seal_key,
-    self_mask_commitment,
-    shared_secret,
-)
+from fedpt_secure.crypto.key_agreement import KeyPair, seal_key, self_mask_commitment, shared_secret
 from fedpt_secure.crypto.masks import pair_mask, self_mask
 from fedpt_secure.crypto.neighbours import share_point
 from fedpt_secure.crypto.packing import check_vector, pack, reduce_in_place
@@ -247,9 +242,10 @@ class SecAggClient:
         never both: a server that had both could take off all masks of that client.
 
         Raises:
-            MessageError: the confirmations are not acceptable. TranscriptMismatch: a confirmation does not
-            sign the list, keys and sharers that this client was shown. BelowThreshold: too few clients
-            confirmed. RoundReplayed: the register says that another attempt of the round was opened.
+            MessageError: the confirmations are not acceptable.
+            TranscriptMismatch: a confirmation does not sign the list, keys and sharers that this client was shown.
+            BelowThreshold: too few clients confirmed.
+            RoundReplayed: the register says that another attempt of the round was opened.
         """
         with self._step(ClientState.CONFIRMED, ClientState.FINISHED):
             directory = self._checked_directory()
@@ -393,8 +389,7 @@ class SecAggClient:
         signatures = messages.split_records(
             message.signatures, count=len(confirmed), size=SIGNATURE_BYTES, what="signatures"
         )
-        # Those who hold shares of this client's secrets are whom it needs to agree; in the complete graph,
-        # everybody.
+        # Those who hold shares of this client's secrets have to agree; in the complete graph, everybody.
         holders = set(directory.graph.holders(self._index))
         statement = self._survivor_statement(directory)
         agreed = 0

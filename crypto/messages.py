@@ -155,9 +155,10 @@ def decode(encoded: bytes, kind: type[_Message], context: RoundContext, *, body_
     """The message of type `kind` in `encoded`, with its session, sender and sizes of fixed fields checked.
 
     Args:
-        encoded: what came over the wire. kind: the one type that is acceptable now. context: the receiver's
-        own. body_bytes: the size of the longest field that may follow; longer input is refused before it is
-        parsed.
+        encoded: what came over the wire.
+        kind: the one type that is acceptable now.
+        context: the receiver's own.
+        body_bytes: the size of the longest field that may follow; longer input is refused before it is parsed.
 
     Raises:
         MalformedMessage: not the canonical encoding of such a message.

@@ -58,9 +58,9 @@ class ClientPolicy:
                 ("the cohort", len(context.cohort), self.minimum_cohort),
                 ("minimum_survivors", context.minimum_survivors, self.minimum_survivors),
                 ("threshold", context.threshold, self.minimum_threshold),
-                ("degree", len(context.cohort) if context.degree is None else context.degree, self.minimum_degree),
+                ("degree", context.degree, self.minimum_degree),
             )
-            if proposed < floor
+            if proposed is not None and proposed < floor
         ]
         if 2 * context.threshold <= context.holders + self.tolerated_corruptions:
             problems.append(

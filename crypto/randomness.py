@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Final
 
+from fedpt_secure.crypto.errors import ParameterError
 from fedpt_secure.crypto.prg import Keystream
 
 RandomBytes = Callable[[int], bytes]
@@ -24,8 +25,10 @@ class InsecureDeterministicBytes:
     """
 
     def __init__(self, seed: bytes) -> None:
+        if len(seed) > 32:
+            raise ParameterError(f"a seed has at most 32 bytes, not {len(seed)}")
         # The padding makes short, readable seeds usable; secrecy is not the aim here.
-        self._stream = Keystream(seed[:32].ljust(32, b"\0"))
+        self._stream = Keystream(seed.ljust(32, b"\0"))
 
     def __call__(self, length: int) -> bytes:
         return self._stream.read(length)

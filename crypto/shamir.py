@@ -55,9 +55,9 @@ def reconstruct(shares: Mapping[int, bytes | bytearray], *, threshold: int) -> b
     """The secret behind `threshold` of the shares (point -> share); those with the lowest points are used.
 
     Raises:
-        ParameterError: there are fewer shares than the threshold. InvalidShare: a share encodes no field
-        element, or the result is no 32-byte secret. A false share may also go
-            unnoticed here: compare the result with what its owner committed to.
+        ParameterError: there are fewer shares than the threshold.
+        InvalidShare: a share encodes no field element, or the result is no 32-byte secret. A false share may also
+            go unnoticed here: compare the result with what its owner committed to.
     """
     if not 1 <= threshold <= len(shares):
         raise ParameterError(f"{len(shares)} shares are fewer than the threshold of {threshold}")

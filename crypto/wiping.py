@@ -1,8 +1,8 @@
 """Overwriting secrets, as far as Python allows.
 
-What is overwritten: every secret that the state machines keep between two calls lies in a `bytearray` (X25519
-scalars, self-mask seeds, shares) or a NumPy array (the vector), and `wipe` fills it with zeros once it has
-served.
+What is overwritten: every secret that the state machines keep between two calls (X25519 scalars and shared
+secrets, self-mask seeds, shares) lies in a `bytearray`, and `wipe` fills it with zeros once it has served. The
+client's copy of the vector is masked in place.
 
 What is not: `bytes` objects and integers are immutable, so copies made inside PyNaCl, `cryptography` and
 Python's big integers (the arguments of X25519, HKDF outputs, Shamir polynomials) stay in freed memory until
