@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -210,7 +211,8 @@ def main() -> None:
         path = options.out / f"gen-{options.seed}-{index:04d}.safetensors"
         rng = random.Random(f"{options.seed}/{index}")
         if path.exists():
-            done += BATCH * NEW_TOKENS
+            with safe_open(path, "pt") as shard:
+                done += shard.get_slice("ids").get_shape()[0]
             continue
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         shard = to_shard(*sample(model, prompts(rng, tokenizer), rng, generator), end_ids)

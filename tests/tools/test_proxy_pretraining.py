@@ -1,0 +1,151 @@
+"""The pretraining of the built-in proxy: its fused loss, its batches, its optimiser, its vocabulary."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+VOCABULARY, WIDTH, ROWS, LENGTH, TOP_K = 40, 16, 6, 8, 5
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    sys.path.insert(0, str(TOOLS))
+    yield importlib.import_module("proxy_corpus")
+    sys.path.remove(str(TOOLS))
+
+
+@pytest.fixture(scope="module")
+def training(corpus):
+    return importlib.import_module("proxy_training")
+
+
+@pytest.fixture
+def batch(training):
+    torch.manual_seed(3)
+    ids = torch.stack([torch.randperm(VOCABULARY)[:TOP_K] for _ in range(ROWS * LENGTH)]).view(ROWS, LENGTH, TOP_K)
+    answers = torch.rand(ROWS, LENGTH, TOP_K)
+    answers = 0.8 * answers / answers.sum(-1, keepdim=True)
+    answers[..., -1] = 0.0
+    has_teacher = torch.rand(ROWS, LENGTH) < 0.5
+    targets = torch.randint(0, VOCABULARY, (ROWS, LENGTH))
+    return training.Batch(targets, targets, ids, answers * has_teacher[..., None], has_teacher)
+
+
+def mixed_loss(hidden, weight, batch, share):
+    """The loss of `head_loss` written plainly: (1 - share) CE + share * CE to {known top tokens, everything else}."""
+    logprobs = (hidden.flatten(0, 1) @ weight.T).log_softmax(-1)
+    hard = -logprobs.gather(1, batch.targets.flatten()[:, None])[:, 0]
+    ids, q = batch.top_ids.flatten(0, 1), batch.top_probabilities.flatten(0, 1)
+    used = q > 0
+    top = logprobs.gather(1, ids)
+    rest_p = 1 - (top.exp() * used).sum(1)
+    soft = -(q * torch.where(used, top, 0.0)).sum(1) - (1 - q.sum(1)) * rest_p.log()
+    mix = batch.has_teacher.flatten().float() * share
+    return ((1 - mix) * hard + mix * soft).mean(), hard.mean()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_fused_head_loss_has_the_gradient_of_the_plain_mixed_loss(training, batch, share, monkeypatch):
+    monkeypatch.setattr(training, "HEAD_CHUNK", 7)  # several uneven chunks
+    hidden = torch.randn(ROWS, LENGTH, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    loss, _ = training.head_loss(hidden, weight, batch, share, training.HeadKernels(compiled=False))
+    fused = torch.autograd.grad(loss, [hidden, weight])
+    expected, hard = mixed_loss(hidden, weight, batch, share)
+    plain = torch.autograd.grad(expected, [hidden, weight])
+    torch.testing.assert_close(loss, hard)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_head_loss_notices_a_wrong_teacher(training, batch):
+    hidden, weight = torch.randn(ROWS, LENGTH, WIDTH), torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    kernels = training.HeadKernels(compiled=False)
+    right = torch.autograd.grad(training.head_loss(hidden, weight, batch, 1.0, kernels)[0], weight)[0]
+    batch.top_ids = (batch.top_ids + 1) % VOCABULARY
+    wrong = torch.autograd.grad(training.head_loss(hidden, weight, batch, 1.0, kernels)[0], weight)[0]
+    assert (right - wrong).norm() > 0.1 * right.norm()
+
+
+def test_teacher_answers_stand_beside_the_token_they_are_about(training, corpus):
+    """A teacher that is always certain of the next token: its one answer must be the batch's target."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, 30, 4000).astype(np.uint16)
+    starts = np.arange(0, 4000, 50)
+    ids[starts] = corpus.SEPARATOR_ID
+    following = np.roll(ids, -1)[:, None]
+    answered = np.full((4000, 1), -0.01, np.float16)
+    answered[starts - 1] = 0.0  # nothing is said about a separator
+    stream = corpus.Stream(ids, starts, following, answered)
+    table = np.arange(corpus.LARGE_VOCABULARY_SIZE)
+    batch = training.Sampler(stream, table, separator=0, unknown=31).batch(rng, 64, 20, 1)
+    assert batch.has_teacher.float().mean() > 0.9
+    assert bool((batch.top_ids[..., 0] == batch.targets)[batch.has_teacher].all())
+    assert bool((batch.inputs[:, 0] == 0).all())
+    assert bool((batch.inputs[:, 1:] == batch.targets[:, :-1]).all())
+
+
+def test_batches_depend_on_the_generator_alone(training, corpus):
+    stream = corpus.Stream(np.arange(3, 2003).astype(np.uint16), np.arange(0, 2000, 40))
+    sampler = training.Sampler(stream, np.arange(corpus.LARGE_VOCABULARY_SIZE), separator=0, unknown=2)
+    draws = [sampler.batch(np.random.default_rng((1, step)), 4, 16, 2).targets for step in (5, 5, 6)]
+    assert bool((draws[0] == draws[1]).all())
+    assert not bool((draws[0] == draws[2]).all())
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 64), (64, 24)])
+def test_muons_update_is_nearly_orthogonal(training, shape):
+    """Newton-Schulz leaves all singular values near 1 (0.5 to 1.3), from a spread of a thousand."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrix = u @ torch.diag(torch.logspace(0, -2, min(shape))) @ v
+    values = torch.linalg.svdvals(training._orthogonal(matrix))
+    assert values.max() < 1.35
+    assert values.median() > 0.6
+
+
+def test_schedule_warms_up_holds_and_decays_to_zero(training):
+    def rate(tokens):
+        return training.schedule(tokens, warmup=100, total=1000, decay_share=0.25)
+
+    assert rate(0) < 0.02
+    assert rate(200) == rate(700) == 1.0
+    assert rate(875) == pytest.approx(0.5)
+    assert rate(1000) == 0.0
+
+
+def test_reserved_authors_never_reach_the_training_text(corpus, tmp_path):
+    import gzip
+    import json
+
+    reserved = [*corpus.EXCLUDED_AUTHORS, *corpus.REHEARSAL_AUTHORS, *corpus.HELD_OUT_AUTHORS]
+    path = tmp_path / "books.jsonl.gz"
+    with gzip.open(path, "wt") as lines:
+        for author in [*reserved, "Somebody Else"]:
+            book = {"author": author, "title": "t", "text": f"Title: t\n-------\r\nwords by {author}\r\n\r\nmore"}
+            lines.write(json.dumps(book) + "\n")
+    text = "".join(corpus.book_paragraphs(path, None)).lower()
+    assert "somebody else" in text
+    assert not any(author.lower() in text for author in reserved)
+
+
+def test_held_out_shards_are_disjoint_from_training_shards(corpus, tmp_path):
+    for index in range(40):
+        (tmp_path / f"gen-1-{index:04d}.safetensors").touch()
+    training_shards = corpus.shard_paths(tmp_path, held_out=False)
+    held_out = corpus.shard_paths(tmp_path, held_out=True)
+    assert len(held_out) == 4
+    assert sorted([*training_shards, *held_out]) == sorted(tmp_path.iterdir())
+
+
+def test_small_vocabulary_maps_back_to_itself_and_sends_the_rest_to_unknown(corpus):
+    mapping = np.asarray([0, 1, 2, 10, 500, -1])
+    table = corpus.large_to_small(mapping)
+    assert table[[0, 1, 2, 10, 500]].tolist() == [0, 1, 2, 3, 4]
+    assert set(table[[3, 11, 40_000]].tolist()) == {5}
