@@ -31,7 +31,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 TOP_K = 32
 SEPARATOR_ID = 0  # <|endoftext|>
-BATCH = 64
 NEW_TOKENS = 160
 
 TOPICS = """moving house; a new job; a terrible commute; what to cook tonight; a birthday surprise; a broken phone;
@@ -107,7 +106,7 @@ OPENERS = (
 )
 
 
-def prompts(rng: random.Random, tokenizer) -> list[list[int]]:
+def prompts(rng: random.Random, tokenizer, count: int) -> list[list[int]]:
     """Draw one batch of prompts, as token ids; the prompt itself is not part of the text that is kept."""
     topics = [t.strip() for t in TOPICS.split(";")]
 
@@ -116,7 +115,7 @@ def prompts(rng: random.Random, tokenizer) -> list[list[int]]:
         return tokenizer(text).input_ids
 
     drawn = []
-    for _ in range(BATCH):
+    for _ in range(count):
         kind = rng.random()
         if kind < 0.55:
             drawn.append(ask(rng.choice(CHAT_TASKS)))
@@ -139,6 +138,7 @@ def sample(model, batch: list[list[int]], rng: random.Random, generator: torch.G
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     temperature = torch.tensor([rng.choice((0.7, 0.85, 1.0)) for _ in batch]).unsqueeze(1)
+    ids, mask, temperature = (tensor.to(model.device) for tensor in (ids, mask, temperature))
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out, top_ids, top_logprobs = [], [], []
@@ -156,15 +156,16 @@ def sample(model, batch: list[list[int]], rng: random.Random, generator: torch.G
         probabilities = (wide_values / temperature).softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before > 0.95, 0.0)
-        choice = torch.multinomial(probabilities, 1, generator=generator)
-        token = wide_indices.gather(1, choice)
+        # The draw is made on the CPU, so that one seed means one text on every device (up to rounding).
+        choice = torch.multinomial(probabilities.cpu(), 1, generator=generator)
+        token = wide_indices.gather(1, choice.to(model.device))
         out.append(token)
         top_ids.append(indices)
         top_logprobs.append(values)
         step = token
         mask = torch.cat([mask, torch.ones_like(token)], 1)
         positions = positions[:, -1:] + 1
-    return torch.cat(out, 1), torch.stack(top_ids, 1), torch.stack(top_logprobs, 1)
+    return torch.cat(out, 1).cpu(), torch.stack(top_ids, 1).cpu(), torch.stack(top_logprobs, 1).cpu()
 
 
 def to_shard(ids, top_ids, top_logprobs, end_ids: set[int]) -> dict[str, torch.Tensor]:
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_500_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=64, help="sequences per shard; larger on a GPU")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
@@ -215,7 +217,7 @@ def main() -> None:
                 done += shard.get_slice("ids").get_shape()[0]
             continue
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        shard = to_shard(*sample(model, prompts(rng, tokenizer), rng, generator), end_ids)
+        shard = to_shard(*sample(model, prompts(rng, tokenizer, options.batch), rng, generator), end_ids)
         partial = path.with_suffix(".part")
         save_file(shard, partial)
         os.replace(partial, path)
