@@ -54,7 +54,7 @@ class SecAggClient:
     Guarantees (for an honest client, against a server that controls fewer than 2 threshold - holders of each
     client's share holders, under the assumptions of `docs/protocol.md`): the vector leaves only as a masked
     one, and what the server learns is at most one sum, over a survivor list of at least `minimum_survivors`
-    clients that holds this client and that enough share holders signed.
+    clients that holds this client and that a quorum signed.
 
     Every error but `ProtocolStateError` and the `ParameterError` of a bad vector wipes the secrets and ends
     the machine.
@@ -236,7 +236,7 @@ class SecAggClient:
             )
 
     def unmask(self, confirmations: bytes) -> bytes:
-        """Phase 5: check that enough share holders signed the same list; release one share of each peer.
+        """Phase 5: check that enough clients signed the same list; release one share of each peer.
 
         Of a survivor the share of the self-mask seed, of a client that dropped out the share of the mask key,
         never both: a server that had both could take off all masks of that client.
@@ -389,13 +389,8 @@ class SecAggClient:
         signatures = messages.split_records(
             message.signatures, count=len(confirmed), size=SIGNATURE_BYTES, what="signatures"
         )
-        # Those who hold shares of this client's secrets have to agree; in the complete graph, everybody.
-        holders = set(directory.graph.holders(self._index))
         statement = self._survivor_statement(directory)
-        agreed = 0
         for member, signature in zip(confirmed, signatures, strict=True):
-            if member not in holders:
-                continue
             try:
                 self._roster.verify(self._name(member), statement, signature)
             except SignatureInvalid:
@@ -403,11 +398,12 @@ class SecAggClient:
                     f"client {self._name(member)!r} did not sign the survivor list that this client was shown",
                     hint="the server showed two lists, or a message was altered; nothing was released",
                 ) from None
-            agreed += 1
-        if agreed < self._context.threshold:
-            raise BelowThreshold(
-                f"{agreed} share holders confirmed the survivor list; the threshold is {self._context.threshold}"
-            )
+        quorum, threshold = self._context.quorum, self._context.threshold
+        if len(confirmed) < quorum:
+            raise BelowThreshold(f"{len(confirmed)} clients confirmed the survivor list; {quorum} are needed")
+        holders = directory.graph.fewest_holders([self._index], confirmed)
+        if holders < threshold:
+            raise BelowThreshold(f"{holders} share holders confirmed the survivor list; the threshold is {threshold}")
 
     def _erase_own_secrets(self) -> None:
         wipe_all((self._channel.private, self._mask.private, self._seed, *self._channel_secrets.values()))

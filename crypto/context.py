@@ -44,7 +44,8 @@ class RoundContext:
         vector_length: elements of the vector that is summed.
         ring_bits: b of Z_{2^b}, 16 to 64.
         threshold: shares that rebuild a secret; a client's shares lie with its neighbours and itself.
-        minimum_survivors: masked vectors below which the round is abandoned.
+        minimum_survivors: masked vectors below which the round is abandoned; in the k-regular graph also the
+            signatures that a survivor list needs.
         degree: neighbours of each client in the k-regular graph, an even number; None for the complete graph.
     """
 
@@ -98,6 +99,8 @@ class RoundContext:
                 yield f"{name} is {number!r}; it must lie in {least}..{most}"
         if self.degree is not None and (self.degree % 2 or not 2 <= self.degree < size - 1):
             yield f"degree is {self.degree}; it must be even and in 2..{size - 2}, or None for the complete graph"
+        if self.degree is not None and 2 * self.minimum_survivors <= size:
+            yield f"minimum_survivors is {self.minimum_survivors}; in a k-regular graph it must exceed half the cohort"
 
     def _digest(self) -> bytes:
         parts = [
@@ -120,6 +123,15 @@ class RoundContext:
     def holders(self) -> int:
         """Clients that hold shares of one client's secrets if all take part: its neighbours and itself."""
         return len(self.cohort) if self.degree is None else self.degree + 1
+
+    @property
+    def quorum(self) -> int:
+        """Signatures on one survivor list without which no client releases anything.
+
+        2 quorum > n + corrupt clients makes the list the same for all honest clients. In the complete graph the
+        threshold has that property; in the k-regular one, where it is about neighbours, the minimum of survivors does.
+        """
+        return self.threshold if self.degree is None else self.minimum_survivors
 
     def index_of(self, client_id: str) -> int:
         """The position of a client in the cohort, which stands for it on the wire.

@@ -29,6 +29,7 @@ class SecureAggregationParameters:
         threshold: shares that rebuild a secret, for `RoundContext.threshold`.
         minimum_survivors: fewest masked vectors that the dropout fraction leaves, for `RoundContext`.
         tolerated_corruptions: corrupt share holders of one client that the threshold beats, for `ClientPolicy`.
+        tolerated_corrupt_clients: corrupt clients in all, for `ClientPolicy`.
         adversary: in words.
     """
 
@@ -37,6 +38,7 @@ class SecureAggregationParameters:
     threshold: int
     minimum_survivors: int
     tolerated_corruptions: int
+    tolerated_corrupt_clients: int
     adversary: str
 
 
@@ -95,24 +97,20 @@ def secure_aggregation_parameters(
         if bits < 0:
             raise ParameterError(f"{name} is {bits}; it must not be negative")
     corrupt, dropouts = _whole(corrupt_fraction, cohort), _whole(dropout_fraction, cohort)
+    majority = max((cohort + corrupt) // 2 + 1, 2)
+    if majority > cohort - dropouts:
+        raise ParameterError(
+            f"{cohort} clients cannot bear {corrupt} corruptions and {dropouts} dropouts: against two survivor lists "
+            f"{majority} must agree, and only {cohort - dropouts} may be left",
+            hint="corrupt_fraction + 2 * dropout_fraction must stay below 1",
+        )
     sparse = None
     if cohort >= SMALLEST_SPARSE_COHORT:
         sparse = sparsest_graph(
-            cohort,
-            corrupt,
-            dropouts,
-            security_bits=security_bits + grinding_bits,
-            correctness_bits=correctness_bits,
+            cohort, corrupt, dropouts, security_bits=security_bits + grinding_bits, correctness_bits=correctness_bits
         )
     if sparse is None:
-        degree, threshold, tolerated = None, max((cohort + corrupt) // 2 + 1, 2), corrupt
-        if threshold > cohort - dropouts:
-            raise ParameterError(
-                f"{cohort} clients cannot bear {corrupt} corruptions and {dropouts} dropouts: two survivor lists "
-                f"ask for a threshold of {threshold}, and only {cohort - dropouts} may be left",
-                hint="corrupt_fraction + 2 * dropout_fraction must stay below 1",
-            )
-        tries = ""
+        degree, threshold, tolerated, tries = None, majority, corrupt, ""
     else:
         degree, threshold, tolerated = sparse
         tries = f", that tries out up to 2^{grinding_bits} graphs (failure below 2^-{security_bits})"
@@ -122,6 +120,7 @@ def secure_aggregation_parameters(
         threshold=threshold,
         minimum_survivors=max(cohort - dropouts, 2),
         tolerated_corruptions=tolerated,
+        tolerated_corrupt_clients=corrupt,
         adversary=f"an actively malicious server with {corrupt} of {cohort} clients{tries}; up to {dropouts} dropouts",
     )
 

@@ -18,9 +18,12 @@ class ClientPolicy:
         minimum_survivors: masked vectors that a sum must hold, the client's own among them. The client hides
             among the *honest* ones of these.
         minimum_threshold: floor of the context's threshold.
-        tolerated_corruptions: share holders that may collude with a malicious server; the client insists on
-            2 t > holders + tolerated_corruptions, so that two disjoint views of the survivors cannot both
+        tolerated_corruptions: share holders of one client that may collude with a malicious server; the client
+            insists on 2 t > holders + tolerated_corruptions, so that two disjoint views of the survivors cannot both
             reach t shares (Bonawitz et al. 2017, section 6.2).
+        tolerated_corrupt_clients: clients of the whole cohort that may collude; in the k-regular graph the client
+            insists on 2 minimum_survivors > n + tolerated_corrupt_clients, so that all honest clients sign one list.
+            In the complete graph everybody is a share holder, and `tolerated_corruptions` says it all.
         minimum_degree: neighbours that a client must have where the graph is not complete.
     """
 
@@ -28,6 +31,7 @@ class ClientPolicy:
     minimum_survivors: int = 2
     minimum_threshold: int = 2
     tolerated_corruptions: int = 0
+    tolerated_corrupt_clients: int = 0
     minimum_degree: int = 2
 
     def __post_init__(self) -> None:
@@ -36,6 +40,7 @@ class ClientPolicy:
             "minimum_survivors": 2,
             "minimum_threshold": 2,
             "tolerated_corruptions": 0,
+            "tolerated_corrupt_clients": 0,
             "minimum_degree": 2,
         }
         problems = [
@@ -66,6 +71,12 @@ class ClientPolicy:
             problems.append(
                 f"a threshold of {context.threshold} among {context.holders} share holders lets a malicious server "
                 f"show two survivor lists: 2t must exceed {context.holders + self.tolerated_corruptions}"
+            )
+        everybody = len(context.cohort) + self.tolerated_corrupt_clients
+        if context.degree is not None and 2 * context.minimum_survivors <= everybody:
+            problems.append(
+                f"{context.minimum_survivors} signatures on a survivor list leave room for a second list among "
+                f"{len(context.cohort)} clients: twice as many must exceed {everybody}"
             )
         if problems:
             raise PolicyViolation("; ".join(problems), hint="the client sent nothing")

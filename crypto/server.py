@@ -243,6 +243,7 @@ class SecAggServer:
             BelowThreshold: too few survivors confirmed.
         """
         directory = self._checked_directory(ServerState.CONFIRMING)
+        self._require_number(self._confirmations, self._context.quorum, "confirmed the survivor list")
         self._require_holders(self._confirmations, directory, "confirmed the survivor list")
         confirmed = sorted(self._confirmations)
         self._state = ServerState.UNMASKING
@@ -402,13 +403,15 @@ class SecAggServer:
         return self._total
 
     def _require_enough(self, present: Collection[int], directory: Directory, what: str) -> None:
-        minimum = self._context.minimum_survivors
+        self._require_number(present, self._context.minimum_survivors, what)
+        self._require_holders(present, directory, what)
+
+    def _require_number(self, present: Collection[int], minimum: int, what: str) -> None:
         if len(present) < minimum:
             self._abort()
             raise BelowThreshold(
                 f"{len(present)} of {len(self._context.cohort)} clients {what}; the round needs {minimum}"
             )
-        self._require_holders(present, directory, what)
 
     def _require_holders(self, present: Collection[int], directory: Directory, what: str) -> None:
         threshold = self._context.threshold

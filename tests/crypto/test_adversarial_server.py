@@ -531,13 +531,40 @@ def test_a_survivor_list_below_the_minimum_is_refused(make_cohort, monkeypatch, 
     assert (adversary.open(few) == a_round.plain_sum(few)).all()
 
 
+@pytest.mark.parametrize("guarded", [True, False])
+def test_regions_of_a_sparse_graph_cannot_be_shown_different_lists(make_cohort, monkeypatch, guarded):
+    """Each half of the ring gets a list of its own, signed by that half: enough for the neighbours of one in its middle.
+
+    Success: both middles release shares, for different lists.
+    """
+    cohort = make_cohort(16)
+    context = cohort.context(degree=4, threshold=4, minimum_survivors=9)
+    a_round = cohort.round(context).advertise().share().mask()
+    adversary = Adversary(a_round, cohort.roster)
+    ring = [cohort.ids[member] for member in adversary.directory.graph._ring]
+    halves = (ring[:8], ring[8:])
+    if not guarded:
+        monkeypatch.setattr(RoundContext, "quorum", 2)
+    released = []
+    for half, other in (halves, halves[::-1]):
+        shown = [name for name in cohort.ids if name != other[0]]
+        signatures = {name: adversary.confirm(name, shown) for name in half}
+        middle = a_round.clients[half[4]]
+        if guarded:
+            with pytest.raises(BelowThreshold, match="8 clients confirmed"):
+                middle.unmask(adversary.confirmations(signatures))
+        else:
+            released.append(middle.unmask(adversary.confirmations(signatures)))
+    assert len(released) == (0 if guarded else 2)
+
+
 def test_too_few_confirmations_release_nothing(make_cohort):
     cohort = make_cohort(6)
     a_round = cohort.round(cohort.context(threshold=4)).advertise().share().mask()
     adversary = Adversary(a_round, cohort.roster)
     signatures = {name: adversary.confirm(name, cohort.ids) for name in cohort.ids}
     three = {name: signatures[name] for name in cohort.ids[:3]}
-    with pytest.raises(BelowThreshold, match="3 share holders confirmed"):
+    with pytest.raises(BelowThreshold, match="3 clients confirmed"):
         a_round.clients[cohort.ids[0]].unmask(adversary.confirmations(three))
 
 
@@ -599,6 +626,22 @@ def test_a_cohort_shrunk_by_the_server_is_refused(make_cohort):
     context = cohort.context(cohort=cohort.ids[:3], threshold=3)
     with pytest.raises(PolicyViolation, match="the cohort is 3"):
         cohort.client(cohort.ids[0], context, policy=ClientPolicy(minimum_cohort=5))
+
+
+def test_a_directory_below_the_minimum_gets_no_shares(make_cohort):
+    """Nothing is split, let alone sent, among too few."""
+    cohort = make_cohort(6)
+    context = cohort.context(threshold=4, minimum_survivors=5)
+    a_round = cohort.round(context)
+    few = {name: a_round.clients[name].advertise() for name in cohort.ids[:4]}
+    entries = b"".join(
+        m.directory_entry(m.decode(advertisement, m.Advertisement, context)) for advertisement in few.values()
+    )
+    members = m.encode_set(range(4), context)
+    directory = m.KeyDirectory(session=context.session_digest, members=members, entries=entries)
+    with pytest.raises(BelowThreshold, match="4 clients advertised keys"):
+        a_round.clients[cohort.ids[0]].share_keys(m.encode(directory))
+    assert not a_round.clients[cohort.ids[0]]._held_shares
 
 
 def test_after_an_abort_nothing_can_be_had_from_the_client(make_cohort):

@@ -86,6 +86,7 @@ def replace_context(context, change):
         {"degree": 3},
         {"degree": 0},
         {"degree": 4},
+        {"degree": 2, "threshold": 3, "minimum_survivors": 2},
     ],
     ids=str,
 )

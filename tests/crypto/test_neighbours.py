@@ -8,7 +8,7 @@ from fedpt_secure.crypto.neighbours import NeighbourGraph, _permutation, mask_si
 
 @pytest.fixture(scope="module")
 def context(make_cohort):
-    return make_cohort(40).context(degree=8, threshold=6)
+    return make_cohort(40).context(degree=8, threshold=6, minimum_survivors=30)
 
 
 def _graph(context, members=range(40), digest=b"d" * 32):
@@ -44,7 +44,7 @@ def test_it_is_a_harary_graph_on_a_ring(context):
 def test_the_graph_depends_on_session_and_directory(context, make_cohort):
     base = _graph(context)
     other_directory = _graph(context, digest=b"e" * 32)
-    other_round = _graph(make_cohort(40).context(degree=8, threshold=6, round_index=1))
+    other_round = _graph(make_cohort(40).context(degree=8, threshold=6, minimum_survivors=30, round_index=1))
     neighbourhoods = {graph.neighbours(0) for graph in (base, other_directory, other_round)}
     assert len(neighbourhoods) == 3
     assert _graph(context).neighbours(0) == base.neighbours(0)

@@ -123,7 +123,11 @@ def test_the_parameters_fit_context_and_policy(make_cohort):
     found = secure_aggregation_parameters(120, 0.05, 0.05)
     cohort = make_cohort(120)
     context = cohort.context(degree=found.degree, threshold=found.threshold, minimum_survivors=found.minimum_survivors)
-    ClientPolicy(minimum_cohort=100, tolerated_corruptions=found.tolerated_corruptions).check(context)
+    ClientPolicy(
+        minimum_cohort=100,
+        tolerated_corruptions=found.tolerated_corruptions,
+        tolerated_corrupt_clients=found.tolerated_corrupt_clients,
+    ).check(context)
     assert "actively malicious" in found.adversary
 
 

@@ -39,10 +39,18 @@ def test_a_client_refuses_a_threshold_that_two_disjoint_groups_can_reach(make_co
 
 def test_a_client_refuses_too_sparse_a_graph(make_cohort):
     cohort = make_cohort(8)
-    context = cohort.context(degree=4, threshold=4)
+    context = cohort.context(degree=4, threshold=4, minimum_survivors=6)
     cohort.client(cohort.ids[0], context, policy=ClientPolicy(minimum_degree=4))
     with pytest.raises(PolicyViolation, match="degree"):
         cohort.client(cohort.ids[0], context, policy=ClientPolicy(minimum_degree=6))
+
+
+def test_a_client_refuses_a_quorum_that_two_lists_can_reach_with_the_help_of_accomplices(make_cohort):
+    cohort = make_cohort(10)
+    context = cohort.context(degree=4, threshold=4, minimum_survivors=7)
+    cohort.client(cohort.ids[0], context, policy=ClientPolicy(tolerated_corrupt_clients=3))
+    with pytest.raises(PolicyViolation, match="second list"):
+        cohort.client(cohort.ids[0], context, policy=ClientPolicy(tolerated_corrupt_clients=4))
 
 
 def test_all_violations_are_named_together(make_cohort):

@@ -115,7 +115,7 @@ def test_the_sum_is_exact_at_every_length_and_number_of_workers(make_cohort, len
 
 def test_the_k_regular_graph_gives_the_same_exact_sum(make_cohort):
     cohort = make_cohort(16)
-    context = cohort.context(degree=8, threshold=5)
+    context = cohort.context(degree=8, threshold=5, minimum_survivors=11)
     a_round = cohort.round(context)
     total = _run(a_round, [0, 2, 2, 3, 4] + [NEVER] * 11)
     assert (total == a_round.plain_sum(a_round.server.survivors)).all()
@@ -178,6 +178,7 @@ def test_a_client_serves_one_round_in_one_order(make_cohort):
     a_round = cohort.round()
     client = a_round.clients[cohort.ids[0]]
     states = list(ClientState)[:5]
+    short = np.zeros(1, dtype=np.uint32)
     calls = {
         "advertise": client.advertise,
         "share": lambda: client.share_keys(a_round.directory),
@@ -191,6 +192,9 @@ def test_a_client_serves_one_round_in_one_order(make_cohort):
             if other != phase:
                 with pytest.raises(ProtocolStateError):
                     call()
+        if phase != "mask":
+            with pytest.raises(ProtocolStateError):
+                client.mask(b"", short)
         assert client.state is states[number]
         getattr(a_round, phase)()
     assert client.state is ClientState.FINISHED
@@ -345,6 +349,18 @@ def test_own_secrets_are_wiped_once_the_vector_is_masked(make_cohort):
     a_round.mask()
     assert not any(any(secret) for secret in secrets)
     assert not client._channel_secrets
+
+
+@pytest.mark.parametrize("phases", [0, 1, 2])
+def test_discarding_wipes_keys_and_seed_before_they_have_served(make_cohort, phases):
+    cohort = make_cohort(4)
+    a_round = cohort.round()
+    for phase in PHASES[:phases]:
+        getattr(a_round, phase)()
+    client = a_round.clients[cohort.ids[0]]
+    secrets = [client._channel.private, client._mask.private, client._seed, *client._channel_secrets.values()]
+    client.discard()
+    assert not any(any(secret) for secret in secrets)
 
 
 def test_discarding_a_finished_client_leaves_it_finished(make_cohort):

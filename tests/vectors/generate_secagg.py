@@ -84,7 +84,7 @@ def _round(
         vector_length=vector_length,
         ring_bits=ring_bits,
         threshold=threshold,
-        minimum_survivors=3,
+        minimum_survivors=size - 1,
         degree=degree,
     )
     vectors = {
