@@ -533,7 +533,7 @@ def test_a_survivor_list_below_the_minimum_is_refused(make_cohort, monkeypatch, 
 
 @pytest.mark.parametrize("guarded", [True, False])
 def test_regions_of_a_sparse_graph_cannot_be_shown_different_lists(make_cohort, monkeypatch, guarded):
-    """Each half of the ring gets a list of its own, signed by that half: enough for the neighbours of one in its middle.
+    """Each half of the ring gets its own list, signed by that half: enough for the neighbours of one in its middle.
 
     Success: both middles release shares, for different lists.
     """
