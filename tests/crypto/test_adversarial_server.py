@@ -569,13 +569,48 @@ def test_too_few_confirmations_release_nothing(make_cohort):
 
 
 def test_confirmations_by_clients_outside_the_list_do_not_count(make_cohort):
+    """An accomplice that is not on the list signs it all the same."""
     cohort = make_cohort(6)
     a_round = cohort.round(cohort.context(threshold=4)).advertise().share().mask()
-    adversary = Adversary(a_round, cohort.roster)
-    shown = cohort.ids[:4]
-    signatures = {name: adversary.confirm(name, shown) for name in shown}
-    with pytest.raises(TranscriptMismatch):
-        a_round.clients[shown[0]].unmask(adversary.confirmations(signatures | {cohort.ids[5]: bytes(64)}))
+    context, adversary = a_round.context, Adversary(a_round, cohort.roster)
+    shown, accomplice = cohort.ids[:4], cohort.ids[5]
+    signatures = {name: adversary.confirm(name, shown) for name in shown[:3]}
+    statement = m.survivors_to_sign(
+        context,
+        directory=adversary.directory.digest,
+        sharers=m.encode_set(range(6), context),
+        survivors=m.encode_set(range(4), context),
+    )
+    signatures[accomplice] = cohort.identities[accomplice].sign(statement)
+    with pytest.raises(TranscriptMismatch, match="not in the survivor list"):
+        a_round.clients[shown[0]].unmask(adversary.confirmations(signatures))
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        ({"threshold": 4, "minimum_survivors": 6}, 5, "5 clients survive; the round needs 6"),
+        ({"threshold": 5, "minimum_survivors": 2}, 4, "4 of this client's share holders survive; the threshold is 5"),
+    ],
+    ids=["minimum", "threshold"],
+)
+def test_threshold_and_minimum_bound_the_survivors_each_on_its_own(make_cohort, changes, size, message):
+    cohort = make_cohort(7)
+    a_round = cohort.round(cohort.context(**changes)).advertise().share().mask()
+    with pytest.raises(BelowThreshold, match=message):
+        Adversary(a_round, cohort.roster).confirm(cohort.ids[0], cohort.ids[:size])
+
+
+def test_a_vector_is_not_masked_against_too_few(make_cohort):
+    cohort = make_cohort(6)
+    a_round = cohort.round(cohort.context(threshold=4)).advertise().share()
+    name = cohort.ids[0]
+    inbox = m.decode(a_round.inboxes[name], m.ShareInbox, a_round.context, body_bytes=1 << 16)
+    few = msgspec.structs.replace(
+        inbox, sharers=m.encode_set(range(3), a_round.context), sealed=inbox.sealed[: 2 * SEALED_BYTES]
+    )
+    with pytest.raises(BelowThreshold, match="share holders shared keys"):
+        a_round.clients[name].mask(m.encode(few), a_round.vectors[name])
 
 
 def test_a_client_whose_vector_is_called_lost_does_not_help_and_stays_masked(make_cohort):

@@ -19,6 +19,7 @@ from fedpt_secure.crypto import (
     UnknownSender,
     ring_dtype,
 )
+from fedpt_secure.crypto.shamir import split
 
 PHASES = ["advertise", "share", "mask", "confirm", "unmask"]
 NEVER = len(PHASES)
@@ -361,6 +362,26 @@ def test_discarding_wipes_keys_and_seed_before_they_have_served(make_cohort, pha
     secrets = [client._channel.private, client._mask.private, client._seed, *client._channel_secrets.values()]
     client.discard()
     assert not any(any(secret) for secret in secrets)
+
+
+def test_shares_are_wiped_once_they_are_sealed(make_cohort, monkeypatch):
+    cohort = make_cohort(4)
+    made = []
+
+    def remembering(*arguments, **settings):
+        made.append(split(*arguments, **settings))
+        return made[-1]
+
+    monkeypatch.setattr("fedpt_secure.crypto.client.split", remembering)
+    a_round = cohort.round().advertise()
+    a_round.clients[cohort.ids[0]].share_keys(a_round.directory)
+    assert [[any(share) for share in shares] for shares in made] == [[True, False, False, False]] * 2
+
+
+def test_a_server_refuses_another_roster_than_the_round_names(make_cohort):
+    cohort = make_cohort(4)
+    with pytest.raises(ParameterError, match="another roster"):
+        SecAggServer(context=cohort.context(), roster=make_cohort(5).roster)
 
 
 def test_discarding_a_finished_client_leaves_it_finished(make_cohort):
