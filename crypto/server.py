@@ -7,7 +7,7 @@ whose vectors are in it. There is no attribute and no method from which one clie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from enum import Enum
 
 import numpy as np
@@ -18,21 +18,18 @@ from fedpt_secure.crypto.directory import Directory, check_advertisement
 from fedpt_secure.crypto.errors import (
     BelowThreshold,
     DuplicateMessage,
-    InvalidShare,
-    MalformedMessage,
     ProtocolStateError,
-    ReconstructionFailed,
     TranscriptMismatch,
     UnknownSender,
 )
 from fedpt_secure.crypto.identities import Roster
 from fedpt_secure.crypto.key_agreement import public_key, self_mask_commitment
 from fedpt_secure.crypto.masks import pair_mask, self_mask
-from fedpt_secure.crypto.neighbours import share_point
 from fedpt_secure.crypto.packing import add_packed, packed_size, reduce_in_place, ring_dtype
 from fedpt_secure.crypto.prg import RingVector, SignedKey, apply_masks
+from fedpt_secure.crypto.recovery import ShareCollection
 from fedpt_secure.crypto.sealing import SEALED_BYTES
-from fedpt_secure.crypto.shamir import SHARE_BYTES, decode_share, reconstruct
+from fedpt_secure.crypto.shamir import SHARE_BYTES
 from fedpt_secure.crypto.wiping import wipe
 
 
@@ -81,7 +78,7 @@ class SecAggServer:
         self._survivors: tuple[int, ...] = ()
         self._confirmations: dict[int, bytes] = {}
         self._unmasked: set[int] = set()
-        self._shares: dict[int, dict[int, bytes]] = {}
+        self._shares = ShareCollection(context)
 
     @property
     def state(self) -> ServerState:
@@ -102,6 +99,11 @@ class SecAggServer:
     def survivors(self) -> tuple[str, ...]:
         """Clients whose vectors are in the sum; empty before the list is published."""
         return self._names(self._survivors)
+
+    @property
+    def liars(self) -> tuple[str, ...]:
+        """Clients that sent a false share which others' shares made up for; known once the sum is."""
+        return self._names(self._shares.liars)
 
     def receive_advertisement(self, client_id: str, message: bytes) -> None:
         """Phase 1: take one client's public keys.
@@ -277,16 +279,7 @@ class SecAggServer:
             shares=unmasking.shares,
         )
         self._roster.verify(client_id, signed, unmasking.signature)
-        shares = dict(zip(owners, records, strict=True))
-        for owner, share in shares.items():
-            try:
-                decode_share(share)
-            except InvalidShare:
-                raise MalformedMessage(
-                    f"client {client_id!r} sent bytes that are no share of {self._context.cohort[owner]!r}"
-                ) from None
-        for owner, share in shares.items():
-            self._shares.setdefault(owner, {})[share_point(sender)] = share
+        self._shares.add(dict(zip(owners, records, strict=True)), holder=sender)
         self._unmasked.add(sender)
 
     def aggregate(self) -> RingVector:
@@ -330,7 +323,7 @@ class SecAggServer:
     def _self_mask(self, owner: int, directory: Directory) -> bytes:
         session, name = self._context.session_digest, self._context.cohort[owner]
         committed = directory.advertisements[owner].seed_commitment
-        seed = self._rebuild(
+        seed = self._shares.rebuild(
             owner, lambda seed: self_mask_commitment(seed, session_digest=session, owner=name) == committed
         )
         key = self_mask(seed, owner=owner, directory=directory, context=self._context)
@@ -339,7 +332,7 @@ class SecAggServer:
 
     def _orphaned_masks(self, dropped: int, directory: Directory, survivors: set[int]) -> list[SignedKey]:
         advertised = directory.advertisements[dropped].mask_key
-        private = self._rebuild(dropped, lambda private: public_key(private) == advertised)
+        private = self._shares.rebuild(dropped, lambda private: public_key(private) == advertised)
         # The dropout's own masks are the opposites of those that its neighbours applied: adding them takes those off.
         masks = [
             pair_mask(private, owner=dropped, peer=peer, directory=directory, context=self._context)
@@ -348,25 +341,6 @@ class SecAggServer:
         ]
         wipe(private)
         return masks
-
-    def _rebuild(self, owner: int, is_genuine: Callable[[bytearray], bool]) -> bytearray:
-        shares: Mapping[int, bytes] = self._shares.get(owner, {})
-        threshold = self._context.threshold
-        try:
-            secret = reconstruct(shares, threshold=threshold)
-            genuine = is_genuine(secret)
-        except InvalidShare:
-            genuine = False
-        if not genuine:
-            name = self._context.cohort[owner]
-            holders = [self._context.cohort[point - 1] for point in sorted(shares)[:threshold]]
-            raise ReconstructionFailed(
-                f"the shares of client {name!r} do not give the secret that it committed to",
-                owner=name,
-                holders=holders,
-                hint="the owner or one of the holders sent a false share; no sum was computed",
-            )
-        return secret
 
     def _expect(self, state: ServerState, client_id: str, allowed: Collection[int], heard: Collection[int]) -> int:
         self._require_state(state)

@@ -4,10 +4,12 @@ import msgspec
 import pytest
 
 from fedpt_secure.crypto import (
+    BelowThreshold,
     MalformedMessage,
     ProtocolStateError,
     ReconstructionFailed,
     ServerState,
+    ShareRejected,
     SignatureInvalid,
 )
 from fedpt_secure.crypto import client as client_module
@@ -53,24 +55,42 @@ class _EqualToAnything:
     __hash__ = None
 
 
-@pytest.mark.parametrize("guarded", [True, False])
-@pytest.mark.parametrize("kind", ["seed", "mask key"])
-def test_a_false_share_ends_the_round_and_names_who_may_have_lied(make_cohort, monkeypatch, kind, guarded):
-    """Client 1 lies about client 0, a survivor or a dropout.
-
-    Without the check against the commitment or the public key the sum comes out, and is wrong.
-    """
-    cohort = make_cohort(4)
+def _round_with_a_liar(cohort, kind, *, threshold):
+    """Client 1 lies about client 0, a survivor or a dropout; everybody else answers."""
     survivors = cohort.ids if kind == "seed" else cohort.ids[1:]
-    a_round = cohort.round(cohort.context(threshold=3)).advertise().share().mask(survivors).confirm(survivors)
+    a_round = cohort.round(cohort.context(threshold=threshold)).advertise().share().mask(survivors).confirm(survivors)
     liar = cohort.ids[1]
     a_round.server.receive_unmasking(liar, _falsified(cohort, a_round, liar, _flip(0)))
-    a_round.unmask(cohort.ids[2:])
+    a_round.unmask(name for name in survivors if name != liar)
+    return a_round, survivors
+
+
+@pytest.mark.parametrize("kind", ["seed", "mask key"])
+def test_one_false_share_is_outvoted_and_named_where_there_are_more_than_the_threshold(make_cohort, kind):
+    cohort = make_cohort(6)
+    a_round, survivors = _round_with_a_liar(cohort, kind, threshold=4)
+    assert (a_round.server.aggregate() == a_round.plain_sum(survivors)).all()
+    assert a_round.server.liars == (cohort.ids[1],)
+
+
+def test_no_liar_is_named_where_nobody_lied(make_cohort):
+    cohort = make_cohort(4)
+    a_round = cohort.round().advertise().share().mask().confirm().unmask()
+    a_round.server.aggregate()
+    assert a_round.server.liars == ()
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("kind", ["seed", "mask key"])
+def test_a_false_share_among_no_more_than_the_threshold_ends_the_round(make_cohort, monkeypatch, kind, guarded):
+    """Without the check against the commitment or the public key the sum comes out, and is wrong."""
+    cohort = make_cohort(4)
+    a_round, survivors = _round_with_a_liar(cohort, kind, threshold=4 if kind == "seed" else 3)
     if guarded:
         with pytest.raises(ReconstructionFailed) as caught:
             a_round.server.aggregate()
         assert caught.value.owner == cohort.ids[0]
-        assert liar in caught.value.holders
+        assert cohort.ids[1] in caught.value.holders
         assert a_round.server.state is ServerState.ABORTED
         with pytest.raises(ProtocolStateError):
             a_round.server.aggregate()
@@ -78,6 +98,25 @@ def test_a_false_share_ends_the_round_and_names_who_may_have_lied(make_cohort, m
     monkeypatch.setattr(server_module, "self_mask_commitment", lambda *_args, **_more: _EqualToAnything())
     monkeypatch.setattr(server_module, "public_key", lambda _private: _EqualToAnything())
     assert (a_round.server.aggregate() != a_round.plain_sum(survivors)).any()
+
+
+def test_a_client_that_seals_garbage_stops_its_peers_not_the_truth(make_cohort):
+    """A corrupt client can end a round, and nothing more: its peers abort, the server finds too few."""
+    cohort = make_cohort(4)
+    a_round = cohort.round(cohort.context(threshold=3)).advertise()
+    name, context = cohort.ids[0], a_round.context
+    message = m.decode(a_round.clients[name].share_keys(a_round.directory), m.SealedShares, context, body_bytes=1 << 16)
+    garbage = bytes(len(message.sealed))
+    directory = Directory.from_bytes(a_round.directory, context, cohort.roster)
+    to_sign = m.shares_to_sign(context, directory=directory.digest, sender=0, sealed=garbage)
+    forged = msgspec.structs.replace(message, sealed=garbage, signature=cohort.identities[name].sign(to_sign))
+    a_round.server.receive_shares(name, m.encode(forged))
+    a_round.share(cohort.ids[1:])
+    for peer in cohort.ids[1:]:
+        with pytest.raises(ShareRejected):
+            a_round.clients[peer].mask(a_round.inboxes[peer], a_round.vectors[peer])
+    with pytest.raises(BelowThreshold):
+        a_round.server.publish_survivors()
 
 
 def test_shares_of_another_secret_than_the_committed_one_end_the_round(make_cohort, monkeypatch):
