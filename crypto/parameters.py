@@ -65,7 +65,7 @@ def secure_aggregation_parameters(
     3. If d clients vanish independently of the graph, fewer than t neighbours of some client survive with
        probability at most 2^-correctness_bits; the round is then abandoned, and nothing is revealed.
 
-    The bounds follow Bell et al. 2020 (sections 3.3 and 4), but the server chooses who is lost, the population is what
+    The bounds follow Bell et al. 2020 (sections 3 and 4), but the server chooses who is lost, the population is what
     remains if it chooses at once, and a client's own share counts. Bound 3 is theirs.
 
     For the complete graph 1 and 2 hold without exception, and 3 whenever the dropouts are as many as stated.

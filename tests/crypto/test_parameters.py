@@ -152,3 +152,17 @@ def test_what_no_graph_withstands_is_refused(arguments):
 def test_negative_bits_are_refused():
     with pytest.raises(ParameterError):
         secure_aggregation_parameters(100, 0.1, 0.1, security_bits=-1)
+
+
+@pytest.mark.parametrize(
+    ("grinding_bits", "expected"),
+    [
+        (64, {100: (32, 22), 256: (66, 47), 1000: (146, 109), 4000: (186, 139)}),
+        (0, {100: (32, 22), 256: (64, 45), 1000: (112, 80), 4000: (134, 96)}),
+    ],
+)
+def test_the_documented_table_is_what_comes_out(grinding_bits, expected):
+    """The table in `docs/protocol.md`; degrees here are protocol parameters, so a change of one is worth a look."""
+    for cohort, (degree, threshold) in expected.items():
+        found = secure_aggregation_parameters(cohort, 0.1, 0.1, grinding_bits=grinding_bits)
+        assert (found.degree, found.threshold) == (degree, threshold)
