@@ -116,6 +116,18 @@ def test_bytes_that_are_not_canonical_are_refused():
             RoundContext.from_bytes(msgspec.msgpack.encode(bad_values))
 
 
+def test_another_version_or_suite_is_named_as_such():
+    values = msgspec.msgpack.decode(RoundContext(**GOOD).to_bytes())
+    for other in ([2, *values[1:]], [values[0], "ROT13", *values[2:]]):
+        with pytest.raises(MalformedMessage, match="this side speaks version 1"):
+            RoundContext.from_bytes(msgspec.msgpack.encode(other))
+
+
+def test_a_context_beyond_any_roster_is_refused_before_it_is_parsed():
+    with pytest.raises(MalformedMessage, match="at most"):
+        RoundContext.from_bytes(bytes(17 << 20))
+
+
 def test_a_context_is_frozen():
     context = RoundContext(**GOOD)
     with pytest.raises(AttributeError):
