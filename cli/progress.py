@@ -79,7 +79,7 @@ class _Amount(ProgressColumn):
     _count = MofNCompleteColumn()
 
     def render(self, task: Task) -> Text:
-        if task.fields.get("unit") == "bytes":
+        if task.fields.get("unit") == "B":
             total = f"/{task.total / 1e6:.1f}" if task.total else ""
             return Text(f"{task.completed / 1e6:.1f}{total} MB")
         if task.total is None:

@@ -22,6 +22,10 @@ Count = Annotated[int, Field(ge=1)]
 _SettingsType = TypeVar("_SettingsType", bound="Settings")
 
 
+SMALLEST_COHORT = 8
+"""Clients that a default round sums at least, where there are so many."""
+
+
 class Settings(BaseModel):
     """A frozen group of settings; an unknown key is an error, not a surprise later."""
 
@@ -83,18 +87,21 @@ class ModelConfig(Settings):
 
 
 class LoraSettings(Settings):
-    """Which weights of the small LM are trained: the B matrices of LoRA; A is random, public and frozen.
+    """Which weights of the small LM are trained: the B matrices of LoRA; A is public and frozen.
 
     With A frozen, averaging B over clients is exact (FFA-LoRA, Sun et al. 2024), and half as many
     parameters carry noise.
     """
 
-    rank: Count = 8
+    rank: Count = 16
     scale: Positive = 2.0
     """Factor on the adapter's output (PEFT's `lora_alpha / r`)."""
-    layers: Annotated[int, Field(ge=0)] = 0
+    layers: Annotated[int, Field(ge=0)] = 1
     """Train only the last this many layers; 0 for all."""
-    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("down_proj",)
+    """Linear layers that get an adapter. Few trained parameters carry little noise (docs/LOG.md)."""
+    directions: Literal["auto", "public", "random"] = "auto"
+    """Where A comes from: principal directions of public text, or random; `auto`: public if the small LM has them."""
 
 
 class PrivacyConfig(Settings):
@@ -107,8 +114,9 @@ class PrivacyConfig(Settings):
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
     clip_norm: Positive = 0.1
     """L2 norm each example's gradient is clipped to."""
-    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Public probability with which a client's record takes part in a step (Poisson sampling)."""
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Public probability with which a client's record takes part in a step (Poisson sampling); 1 takes all, which
+    gives small clients the most signal for their noise (docs/privacy.md)."""
 
     @field_validator("epsilon")
     @classmethod
@@ -121,20 +129,25 @@ class PrivacyConfig(Settings):
 class FederationConfig(Settings):
     """Rounds, cohorts, and the failures that are simulated."""
 
-    rounds: Count = 20
-    cohort: Annotated[int, Field(ge=3)] = 40
-    """Clients per round."""
+    rounds: Count = 8
+    cohort: Annotated[int, Field(ge=3)] | None = None
+    """Clients per round; default: so many that everybody takes part once, but no fewer than `SMALLEST_COHORT`."""
     minimum_survivors: Annotated[int, Field(ge=2)] | None = None
     """A round with fewer survivors is aborted; default: the secret-sharing threshold, 2/3 of the cohort."""
     dropout: Fraction = 0.0
     """Chance that a client vanishes in a round, at a random phase (simulation)."""
     ring_bits: Annotated[int, Field(ge=16, le=64)] = 32
 
-    @model_validator(mode="after")
-    def _survivors(self) -> FederationConfig:
-        if self.minimum_survivors is not None and self.minimum_survivors > self.cohort:
-            raise ValueError(f"minimum_survivors {self.minimum_survivors} is above the cohort of {self.cohort}")
-        return self
+    @property
+    def agreed_cohort(self) -> int:
+        """Clients per round, once it is settled (`RunConfig.for_population`).
+
+        Raises:
+            ConfigError: it is not settled yet.
+        """
+        if self.cohort is None:
+            raise ConfigError("the cohort's size is not settled before the number of clients is known")
+        return self.cohort
 
 
 class TrainingConfig(Settings):
@@ -147,7 +160,7 @@ class TrainingConfig(Settings):
     """Public constant that sums of gradients are divided by, whatever the client's record count."""
     server_optimizer: Literal["average", "momentum", "adam"] = "adam"
     """What the server makes of the mean update (post-processing): FedAvg, FedAvgM or FedAdam (Reddi et al. 2021)."""
-    server_learning_rate: Positive = 0.01
+    server_learning_rate: Positive = 0.05
     server_momentum: Fraction = 0.9
     update_bound: Positive = 1.0
     """Each coordinate of a client's update is clipped to this before encoding."""
@@ -186,6 +199,23 @@ class RunConfig(Settings):
     training: TrainingConfig = TrainingConfig()
     proxy: ProxyConfig = ProxyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    def for_population(self, clients: int) -> RunConfig:
+        """The configuration with the cohort settled for this many clients.
+
+        Raises:
+            ConfigError: too few clients for a cohort, or fewer in a cohort than must survive.
+        """
+        federation = self.federation
+        cohort = federation.cohort or min(clients, max(SMALLEST_COHORT, clients // federation.rounds))
+        if not 3 <= cohort <= clients:
+            raise ConfigError(
+                f"a cohort of {max(cohort, 3)} needs as many clients with enough records; the data has {clients}",
+                hint="--cohort with a smaller number, or a smaller --minimum-records",
+            )
+        if federation.minimum_survivors is not None and federation.minimum_survivors > cohort:
+            raise ConfigError(f"minimum_survivors {federation.minimum_survivors} is above the cohort of {cohort}")
+        return self.model_copy(update={"federation": federation.model_copy(update={"cohort": cohort})})
 
     def to_toml(self) -> str:
         """The whole configuration, defaults included; absent optional settings are left out."""

@@ -152,7 +152,7 @@ class ClientWorker:
         update = self._update(announcement, small)
         federation, training = self._terms.config.federation, self._terms.config.training
         encoding = FixedPointEncoding(
-            ring_bits=federation.ring_bits, bound=training.update_bound, cohort=federation.cohort
+            ring_bits=federation.ring_bits, bound=training.update_bound, cohort=federation.agreed_cohort
         )
         with as_round_error(f"client {self.client_id}"):
             vector = encoding.encode(update, random_bytes=self._randomness.rounding(announcement.round_index))
@@ -218,9 +218,9 @@ class ClientWorker:
 
 def _policy(federation: FederationConfig) -> ClientPolicy:
     """The client's own floors, from the configuration it agreed to."""
-    threshold = default_threshold(federation.cohort)
+    threshold = default_threshold(federation.agreed_cohort)
     return ClientPolicy(
-        minimum_cohort=federation.cohort,
+        minimum_cohort=federation.agreed_cohort,
         minimum_threshold=threshold,
         minimum_survivors=federation.minimum_survivors or threshold,
     )

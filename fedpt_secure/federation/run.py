@@ -39,6 +39,8 @@ class RunResult:
         transcripts: one entry per round, as in `transcript.jsonl`.
         seconds: wall time by phase of the run, restarts included.
         clients: number of clients; `dimension`: number of trained parameters.
+        directions: where LoRA's A came from, `public` or `random`.
+        large_source: where the large model's weights came from.
     """
 
     config: RunConfig
@@ -48,6 +50,7 @@ class RunResult:
     transcripts: Sequence[Mapping[str, Any]]
     seconds: Mapping[str, float]
     dimension: int
+    directions: str
     large_source: str
 
 
@@ -71,8 +74,9 @@ def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, pr
     began = time.perf_counter()
     # 1. Data, models, and the noise that the promise needs: whatever can fail, fails before anything is trained.
     text = load_federated_text(config.data, seed=config.seed, cache=cache, progress=progress)
+    config = config.for_population(len(text.clients))
     schedule = cohort_schedule(
-        text.client_ids, rounds=config.federation.rounds, cohort=config.federation.cohort, seed=config.seed
+        text.client_ids, rounds=config.federation.rounds, cohort=config.federation.agreed_cohort, seed=config.seed
     )
     noise_multiplier = calibrate(config, schedule, max(len(client.train) for client in text.clients))
     models = load_models(config, cache=cache, progress=progress)
@@ -143,6 +147,7 @@ def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, pr
         transcripts=transcripts,
         seconds=dict(state.seconds),
         dimension=small.dimension,
+        directions=small.directions,
         large_source=models.weights.source,
     )
 

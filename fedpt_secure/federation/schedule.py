@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fedpt_secure.data.simulation import simulation_rng
-from fedpt_secure.errors import ConfigError
 
 
 def cohort_schedule(client_ids: Sequence[str], *, rounds: int, cohort: int, seed: int) -> tuple[tuple[str, ...], ...]:
@@ -16,16 +15,11 @@ def cohort_schedule(client_ids: Sequence[str], *, rounds: int, cohort: int, seed
     rounds: with R rounds of n out of N clients nobody takes part more than ceil(R n / N) + 1 times (one more than the
     mean where a round begins one pass and ends another).
 
-    Returns one sorted tuple of distinct client ids per round.
+    Args:
+        cohort: at most the number of clients.
 
-    Raises:
-        ConfigError: fewer clients than a cohort.
+    Returns one sorted tuple of distinct client ids per round.
     """
-    if cohort > len(client_ids):
-        raise ConfigError(
-            f"a cohort of {cohort} needs at least {cohort} clients with enough records; the data has {len(client_ids)}",
-            hint="--cohort with a smaller number, or a smaller --minimum-records",
-        )
     rng = simulation_rng("cohorts", seed)
     waiting: list[str] = []
     schedule = []

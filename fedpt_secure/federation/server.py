@@ -64,7 +64,7 @@ class AggregationServer:
             minimum_survivors=federation.minimum_survivors or threshold,
         )
         self._encoding = FixedPointEncoding(
-            ring_bits=federation.ring_bits, bound=config.training.update_bound, cohort=federation.cohort
+            ring_bits=federation.ring_bits, bound=config.training.update_bound, cohort=federation.agreed_cohort
         )
         self._protocol = SecAggServer(context=self.context, roster=roster)
         self.rejected: list[str] = []

@@ -14,11 +14,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import ConfigError, ModelError
+from fedpt_secure.lm.directions import FILE as DIRECTIONS_FILE
+from fedpt_secure.lm.directions import Directions
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.lm.vocabulary import Vocabulary
 
@@ -33,6 +34,8 @@ class BaseLM:
     model: PreTrainedModel
     token_map: TokenMap
     name: str
+    directions: Directions | None = None
+    """Public directions for LoRA's A, where the small LM ships them."""
 
 
 def builtin_directory() -> Path:
@@ -52,8 +55,9 @@ def load_base(spec: str, large_vocabulary: Vocabulary) -> BaseLM:
 class SmallLM:
     """Base weights, frozen, under one LoRA adapter whose B matrices are trained.
 
-    A is drawn from a public seed and frozen; B starts at zero, so a fresh adapter changes nothing. The adapter of a
-    run is the vector of all B entries, in sorted parameter-name order: `adapter_vector`.
+    A is public and frozen: principal directions of the layers' inputs on public text where the small LM ships them
+    (`lm.directions`), else random from the run's seed. B starts at zero, so a fresh adapter changes nothing. The
+    adapter of a run is the vector of all B entries, in sorted parameter-name order: `adapter_vector`.
     """
 
     def __init__(self, base: BaseLM, lora: LoraSettings, *, seed: int, device: torch.device) -> None:
@@ -83,6 +87,9 @@ class SmallLM:
                 self.model: PeftModel = get_peft_model(base.model, config)
         except ValueError as error:
             raise ConfigError(f"LoRA does not fit the small LM: {error}", hint="see lora.modules") from None
+        self.directions = _choose_directions(base, lora)
+        if self.directions == "public" and base.directions is not None:
+            _set_directions(self.model, base.directions, lora.rank)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_("lora_B" in name)
         self.model.to(device)
@@ -149,16 +156,48 @@ class SmallLM:
         return digest.hexdigest()
 
 
+def _choose_directions(base: BaseLM, lora: LoraSettings) -> str:
+    if lora.directions == "public" and base.directions is None:
+        raise ConfigError(
+            f"the small LM {base.name!r} ships no public directions for LoRA", hint='lora.directions = "random"'
+        )
+    if lora.directions == "auto":
+        return "random" if base.directions is None else "public"
+    return lora.directions
+
+
+def _set_directions(model: PeftModel, directions: Directions, rank: int) -> None:
+    prefix = "base_model.model."
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            a = directions.lora_a(name.removeprefix(prefix), rank)
+            with torch.no_grad():
+                module.lora_A["default"].weight.copy_(a)
+
+
 def _load_builtin(large_vocabulary: Vocabulary) -> BaseLM:
     directory = builtin_directory()
-    expected = Vocabulary.from_tokenizer(Tokenizer.from_file(str(directory / "tokenizer.json")))
+    expected = Vocabulary.from_file(directory / "tokenizer.json")
     # Raises where the large model's tokens are not the ones the proxy's map was made for.
     TokenMap.between(expected, large_vocabulary)
+    model, token_map = load_builtin_weights(directory, large_vocabulary)
+    return BaseLM(model, token_map, BUILTIN, Directions.load(directory / DIRECTIONS_FILE))
+
+
+def load_builtin_weights(directory: Path, large_vocabulary: Vocabulary) -> tuple[LlamaForCausalLM, TokenMap]:
+    """The built-in proxy's model (float32) and token map, without LoRA directions.
+
+    Raises:
+        ModelError: a file is missing or damaged.
+    """
     try:
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(directory))
+        config = LlamaConfig.from_pretrained(directory)
+        config.dtype = torch.float32  # the files hold half precision
+        model = LlamaForCausalLM(config)
         state = {name: tensor.float() for name, tensor in load_file(directory / "model.safetensors").items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
-        small_to_large = np.asarray(json.loads((directory / "small_to_large.json").read_text()), dtype=np.int64)
+        content = json.loads((directory / "small_to_large.json").read_text(encoding="utf-8"))
+        small_to_large = np.asarray(content, dtype=np.int64)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ModelError(f"the built-in proxy is damaged: {error}", hint="reinstall fedpt-secure") from None
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -168,7 +207,7 @@ def _load_builtin(large_vocabulary: Vocabulary) -> BaseLM:
             hint="reinstall fedpt-secure",
         )
     model.tie_weights()
-    return BaseLM(model, TokenMap(small_to_large, large_vocabulary_size=large_vocabulary.size), "builtin")
+    return model, TokenMap(small_to_large, large_vocabulary_size=large_vocabulary.size)
 
 
 def _load_transformers(spec: str, large_vocabulary: Vocabulary) -> BaseLM:

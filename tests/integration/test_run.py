@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedpt_secure.config import RunConfig, build
+from fedpt_secure.crypto import FixedPointEncoding
 from fedpt_secure.data import Cache
 from fedpt_secure.errors import ConfigError, PrivacyError, RoundError
 from fedpt_secure.federation import RunDirectory, run_training
@@ -130,27 +131,44 @@ def test_distillation_moves_the_adapter_and_costs_no_privacy(tiny_settings, tmp_
     assert first.statement.steps == second.statement.steps
 
 
-def test_no_message_to_the_server_holds_an_update(tiny_config, tmp_path, monkeypatch):
-    """On the bytes: neither a client's float update nor its ring encoding is in anything the server received."""
+def _views(config, tmp_path, monkeypatch):
+    """Run, and give back everything the server received, and every client's update as floats and in the ring."""
     received: list[bytes] = []
     updates: list[bytes] = []
-    receive, release = AggregationServer.receive, Ledger.release
+    receive, encode = AggregationServer.receive, FixedPointEncoding.encode
 
     def recording_receive(self, phase, client_id, message):
         received.append(message)
         receive(self, phase, client_id, message)
 
-    def recording_release(self, run_id, round_index, spent, update):
-        updates.append(np.ascontiguousarray(update, dtype="<f4").tobytes())
-        release(self, run_id, round_index, spent, update)
+    def recording_encode(self, values, **arguments):
+        ring = encode(self, values, **arguments)
+        updates.extend((np.ascontiguousarray(values, dtype="<f4").tobytes(), ring.tobytes()))
+        return ring
 
     monkeypatch.setattr(AggregationServer, "receive", recording_receive)
-    monkeypatch.setattr(Ledger, "release", recording_release)
-    run(tiny_config, tmp_path / "run", tmp_path / "cache")
+    monkeypatch.setattr(FixedPointEncoding, "encode", recording_encode)
+    run(config, tmp_path / "run", tmp_path / "cache")
+    return received, updates
+
+
+def _leaks(received, updates):
+    """Whether any 16 aligned bytes of an update stand anywhere in what was received; by chance: below 1e-30."""
     everything = b"".join(received)
-    assert len(updates) == 15
-    assert len(received) == 3 * 5 * 5
-    assert not any(update[start : start + 16] in everything for update in updates for start in range(0, 4096, 16))
+    return any(update[at : at + 16] in everything for update in updates for at in range(0, len(update) - 15, 16))
+
+
+def test_no_message_to_the_server_holds_an_update(tiny_config, tmp_path, monkeypatch):
+    received, updates = _views(tiny_config, tmp_path, monkeypatch)
+    assert len(received) == 3 * 5 * 5  # rounds, clients, phases
+    assert len(updates) == 3 * 5 * 2
+    assert not _leaks(received, updates)
+
+
+def test_with_the_masks_off_the_updates_would_be_seen(tiny_config, tmp_path, monkeypatch):
+    """The broken variant: the same check notices clients that do not mask."""
+    monkeypatch.setattr("fedpt_secure.crypto.client.apply_masks", lambda *args, **kwargs: None)
+    assert _leaks(*_views(tiny_config, tmp_path, monkeypatch))
 
 
 def test_the_servers_side_has_no_name_for_one_clients_update():

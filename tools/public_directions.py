@@ -1,0 +1,50 @@
+"""Measure the public directions that ship with the built-in proxy, for LoRA's frozen A matrices.
+
+    python tools/public_directions.py
+
+Reads the proxy and `public_text.txt` in `fedpt_secure/lm/builtin`, writes `directions.safetensors` beside them and puts
+its hash into `manifest.json`. Run it after every export of the proxy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from tokenizers import Tokenizer
+
+from fedpt_secure.config import LoraSettings
+from fedpt_secure.lm.directions import FILE, principal_directions
+from fedpt_secure.lm.small import builtin_directory, load_builtin_weights
+from fedpt_secure.lm.vocabulary import Vocabulary
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+COUNT = 32
+PASSAGES = 400
+CONTEXT = 128
+
+
+def main() -> None:
+    directory = builtin_directory()
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    model, token_map = load_builtin_weights(directory, vocabulary)
+    passages = (directory / "public_text.txt").read_text(encoding="utf-8").split("\n%%\n")[:PASSAGES]
+    sequences = [
+        token_map.to_small([vocabulary.separator_id, *tokenizer.encode(passage.strip()).ids][:CONTEXT])
+        for passage in passages
+        if passage.strip()
+    ]
+    directions = principal_directions(model, sequences, modules=MODULES, count=COUNT)
+    directions.save(directory / FILE)
+    manifest_path = directory / "manifest.json"
+    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    manifest["files"][FILE] = hashlib.sha256((directory / FILE).read_bytes()).hexdigest()
+    manifest_path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for layer, energies in directions.energies.items():
+        share = energies[: LoraSettings().rank].sum() / energies.sum()
+        print(f"{layer}: {len(energies)} directions, {share:.0%} of their energy in the first {LoraSettings().rank}")
+
+
+if __name__ == "__main__":
+    main()
