@@ -42,8 +42,11 @@ def test_low_order_points_are_refused_by_their_zero_secret_too(monkeypatch):
 def test_a_second_encoding_of_an_honest_key_is_refused():
     public = int.from_bytes(KeyPair(bytearray(b"k" * 32)).public, "little")
     check_public_key(public.to_bytes(32, "little"))
+    second = (public + 2**255).to_bytes(32, "little")
     with pytest.raises(UnsafePublicKey):
-        check_public_key((public + 2**255).to_bytes(32, "little"))
+        check_public_key(second)
+    with pytest.raises(UnsafePublicKey):
+        shared_secret(b"\x11" * 32, second)
 
 
 @pytest.mark.parametrize("length", [0, 31, 33])

@@ -82,6 +82,16 @@ def test_bytes_outside_the_field_are_no_share(share):
         reconstruct({1: share, 2: bytes(SHARE_BYTES)}, threshold=2)
 
 
+def test_shares_of_a_number_beyond_32_bytes_give_no_secret():
+    with pytest.raises(InvalidShare, match="no 32-byte secret"):
+        reconstruct({1: (2**256 + 5).to_bytes(SHARE_BYTES, "big")}, threshold=1)
+
+
+def test_a_share_at_zero_is_not_taken_for_one():
+    with pytest.raises(ParameterError):
+        reconstruct({0: bytes(SHARE_BYTES), 1: bytes(SHARE_BYTES)}, threshold=2)
+
+
 @pytest.mark.parametrize("points", [(0, 1), (1, 1), (-1, 2), (1, 2**32)])
 def test_points_that_would_give_the_secret_away_or_repeat_are_refused(points):
     with pytest.raises(ParameterError):
