@@ -39,6 +39,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from fedpt_secure.lm.directions import FILE, Directions
+
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 BUILTIN = Path(__file__).resolve().parent.parent / "fedpt_secure" / "lm" / "builtin"
 
@@ -253,6 +255,7 @@ def tune(options: argparse.Namespace, model: nn.Module, sequences: list[list[int
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, task_type="CAUSAL_LM")
     tuned = get_peft_model(model, config)
+    set_public_directions(tuned, options.proxy, options.rank)
     layers = [m for n, m in tuned.named_modules() if n.endswith("lora_B.default")]
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad = "lora_B" in name
@@ -283,6 +286,18 @@ def tune(options: argparse.Namespace, model: nn.Module, sequences: list[list[int
         stepper.step()
         tokens += int(mask.sum())
     return tuned.eval(), tokens
+
+
+def set_public_directions(tuned: nn.Module, proxy: Path, rank: int) -> None:
+    """LoRA's A as a run has it: the proxy's public directions where it ships them, else PEFT's random ones."""
+    if not (proxy / FILE).exists():
+        return
+    directions = Directions.load(proxy / FILE)
+    prefix, suffix = "base_model.model.", ".lora_A.default.weight"
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith(suffix):
+                parameter.copy_(directions.lora_a(name.removeprefix(prefix).removesuffix(suffix), rank))
 
 
 def table(rows: list[dict]) -> str:

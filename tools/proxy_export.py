@@ -89,7 +89,7 @@ def special_small_ids(mapping: np.ndarray) -> dict[str, int]:
 
 def loss_table(log: Sequence[dict], rows: int = 12) -> str:
     """A Markdown table of the held-out losses along the run, thinned to about `rows` lines."""
-    points = [entry for entry in log if "held_out_books" in entry]
+    points = list({entry["tokens"]: entry for entry in log if "held_out_books" in entry}.values())
     picked = points[:: max(1, len(points) // rows)]
     if points and picked[-1] is not points[-1]:
         picked.append(points[-1])
@@ -111,7 +111,7 @@ def write_card(out: Path, facts: dict, log: Sequence[dict]) -> None:
     loss, unknown = facts["held_out_loss"], facts["held_out_unknown_share"]
     shards = facts["generated_shards"]
     runs = [entry["options"] for entry in log if "options" in entry]
-    settings = {k: v for k, v in runs[-1].items() if k not in NOT_SETTINGS}
+    settings = {k: v for k, v in runs[-1].items() if k not in NOT_SETTINGS and v not in ("", "0")}
     text = CARD_TEMPLATE.read_text(encoding="utf-8").format(
         parameters=facts["parameters"] / 1e6,
         vocabulary=facts["vocabulary"],
