@@ -63,6 +63,7 @@ def test_offline_environment_is_honoured(answer, monkeypatch):
 
 
 def test_libraries_keep_to_our_folder_inside_the_block_only(tmp_path):
+    huggingface_hub.utils.enable_progress_bars()  # whatever an earlier test left behind
     before = (constants.HF_HUB_CACHE, constants.HF_HUB_DISABLE_TELEMETRY)
     with hub.contained(tmp_path):
         assert str(tmp_path / "hub") == constants.HF_HUB_CACHE

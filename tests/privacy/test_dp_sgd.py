@@ -29,7 +29,12 @@ def small_lm(seed: int = 0) -> SmallLM:
         max_position_embeddings=64,
     )
     base = BaseLM(LlamaForCausalLM(config), TokenMap.identity(VOCABULARY), "tiny")
-    small = SmallLM(base, LoraSettings(rank=2), seed=seed, device=torch.device("cpu"))
+    small = SmallLM(
+        base,
+        LoraSettings(rank=2, layers=0, modules=("q_proj", "v_proj", "o_proj", "down_proj")),
+        seed=seed,
+        device=torch.device("cpu"),
+    )
     # A fresh B is zero; a trained one is not, and its gradients are what later rounds see.
     rng = np.random.default_rng(seed)
     small.load_adapter_vector(rng.normal(0, 0.1, small.dimension).astype(np.float32))
