@@ -223,4 +223,5 @@ def _policy(federation: FederationConfig) -> ClientPolicy:
         minimum_cohort=federation.agreed_cohort,
         minimum_threshold=threshold,
         minimum_survivors=federation.minimum_survivors or threshold,
+        tolerated_corruptions=(federation.agreed_cohort - 1) // 3,
     )
