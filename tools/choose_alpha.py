@@ -12,9 +12,9 @@ is measured on the rest, for several alphas, without and with DP noise.
 
 Domains: every book of two authors with a voice of their own (`proxy_corpus.REHEARSAL_AUTHORS`), and CHAT, the folder of
 English dialogues of the `chatterbot-corpus` package (1.3.3, BSD-3-Clause; `chatterbot_corpus/data/english` of the
-unpacked wheel). Seeded; the noise is simulated and protects nobody here. Its default, 2.5 times the clip norm on a
-batch of 64, has the noise per example of a round at epsilon 4: 40 clients, each with its own noise of about 2.5 clip
-norms, on about 400 examples together (sqrt(40) * 2.5 / 400 = 2.5 / 64).
+unpacked wheel). Seeded; the noise is simulated and protects nobody here. The adapter, the
+optimiser and the number of steps are those of a default run. So is the noise per example at epsilon 4: 60 clients, each
+with its own noise of 1.08 clip norms, on about 500 examples together (sqrt(60) * 1.08 / 500 = 4.3 / 256).
 
 The numbers: nats per token of the large vocabulary over the same held-out positions; "small" losses are over the
 small vocabulary with its unknown class, so they compare with each other only.
@@ -39,8 +39,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from fedpt_secure.config import FederationConfig, LoraSettings, PrivacyConfig, TrainingConfig
 from fedpt_secure.lm.directions import FILE, Directions
 
+MICRO_BATCH = 64
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 BUILTIN = Path(__file__).resolve().parent.parent / "fedpt_secure" / "lm" / "builtin"
 
@@ -77,14 +79,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="cache of the large model's scores")
     parser.add_argument("--proxy", type=Path, default=BUILTIN)
     parser.add_argument("--domains", default="", help="comma-separated subset")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=FederationConfig().rounds)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--held-out", type=int, default=100)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--clip-norm", type=float, default=0.1)
-    parser.add_argument("--noise-multipliers", default="0,2.5")
+    parser.add_argument("--lr", type=float, default=TrainingConfig().server_learning_rate)
+    parser.add_argument("--clip-norm", type=float, default=PrivacyConfig().clip_norm)
+    parser.add_argument("--noise-multipliers", default="0,4.3")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
@@ -246,23 +247,30 @@ def proxied(scores: LargeScores, base: Tensor, tuned: Tensor, targets: Tensor, a
 
 
 def tune(options: argparse.Namespace, model: nn.Module, sequences: list[list[int]], noise_multiplier: float):
-    """Tune LoRA B by clipped, averaged and (if asked) noised gradients under Adam, in bf16 autocast.
+    """Tune the default adapter (`LoraSettings`) by clipped, summed and (if asked) noised gradients under Adam.
 
     Returns:
         The tuned model and the number of tokens trained on.
     """
+    settings = LoraSettings()
+    last = model.config.num_hidden_layers
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.scale * settings.rank,
+        target_modules=list(settings.modules),
+        layers_to_transform=list(range(last - settings.layers, last)) if settings.layers else None,
+        task_type="CAUSAL_LM",
+    )
     torch.manual_seed(options.seed)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=targets, task_type="CAUSAL_LM")
     tuned = get_peft_model(model, config)
-    set_public_directions(tuned, options.proxy, options.rank)
+    set_public_directions(tuned, options.proxy, settings.rank)
     layers = [m for n, m in tuned.named_modules() if n.endswith("lora_B.default")]
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad = "lora_B" in name
     seen: dict[nn.Module, Tensor] = {}
     per_example: dict[nn.Module, Tensor] = {}
     for layer in layers:
-        layer.register_forward_hook(lambda m, i, _o: seen.__setitem__(m, i[0]))
+        layer.register_forward_hook(lambda m, i, _o: seen.__setitem__(m, i[0].detach()))
         layer.register_full_backward_hook(
             lambda m, _i, o: per_example.__setitem__(m, torch.einsum("bto,bti->boi", o[0].float(), seen[m].float()))
         )
@@ -271,20 +279,26 @@ def tune(options: argparse.Namespace, model: nn.Module, sequences: list[list[int
     noise = torch.Generator().manual_seed(options.seed)
     tokens = 0
     for _ in range(options.steps):
-        ids, mask = padded([sequences[i] for i in rng.integers(0, len(sequences), options.batch)])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = tuned(input_ids=ids[:, :-1]).logits
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        losses = (losses.view_as(mask) * mask).sum(1) / mask.sum(1)
-        losses.sum().backward()
-        norms = torch.stack([per_example[m].flatten(1).norm(dim=1) for m in layers]).norm(dim=0)
-        factor = (options.clip_norm / norms).clamp(max=1.0)
+        chosen = rng.choice(len(sequences), min(options.batch, len(sequences)), replace=False)
+        sums = {layer: torch.zeros_like(layer.weight) for layer in layers}
+        for part in np.array_split(chosen, -(-len(chosen) // MICRO_BATCH)):
+            ids, mask = padded([sequences[i] for i in part])
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = tuned(input_ids=ids[:, :-1]).logits
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            losses = (losses.view_as(mask) * mask).sum(1) / mask.sum(1)
+            losses.sum().backward()
+            norms = torch.stack([per_example[m].flatten(1).norm(dim=1) for m in layers]).norm(dim=0)
+            factor = (options.clip_norm / norms).clamp(max=1.0)
+            for layer in layers:
+                sums[layer] += torch.einsum("b,boi->oi", factor, per_example[layer])
+            tokens += int(mask.sum())
+        # The same noise per example, however small a domain's batch is.
+        scale = noise_multiplier * options.clip_norm * len(chosen) / options.batch
         for layer in layers:
-            clipped = torch.einsum("b,boi->oi", factor, per_example[layer])
-            clipped += noise_multiplier * options.clip_norm * torch.randn(clipped.shape, generator=noise)
-            layer.weight.grad = clipped / options.batch
+            sums[layer] += scale * torch.randn(sums[layer].shape, generator=noise)
+            layer.weight.grad = sums[layer] / len(chosen)
         stepper.step()
-        tokens += int(mask.sum())
     return tuned.eval(), tokens
 
 
