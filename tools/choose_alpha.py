@@ -29,12 +29,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from proxy_corpus import REHEARSAL_AUTHORS, SEPARATOR_ID, book_paragraphs, large_to_small
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -167,10 +169,6 @@ def padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def large_scores(options: argparse.Namespace, domain: Domain, mapping: np.ndarray) -> LargeScores:
     """Score the held-out sequences once; kept in WORK for the next proxy over the same vocabulary."""
-    from hashlib import sha256
-
-    from safetensors.torch import load_file, save_file
-
     key = sha256(json.dumps([domain.held_out, mapping.tolist()]).encode()).hexdigest()[:16]
     path = options.work / f"scores-{key}.safetensors"
     if not path.exists():

@@ -64,7 +64,7 @@ def write_public_text(stream: Stream, tokenizer: Tokenizer, out: Path) -> None:
     bounds = [*stream.starts.tolist(), len(stream.ids)]
     for begin, end in pairwise(bounds):
         text = tokenizer.decode(stream.ids[begin + 1 : end].tolist()).strip()
-        if len(text) < 40 or "%%" in text or (not text.isprintable() and "\ufffd" in text):
+        if len(text) < 40 or "%%" in text or "\ufffd" in text:
             continue
         records.append(text)
         size += len(text.encode()) + len(RECORD_SEPARATOR)

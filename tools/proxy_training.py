@@ -43,7 +43,7 @@ class Sampler:
     def __init__(self, stream: Stream, table: np.ndarray, separator: int, unknown: int) -> None:
         self.stream, self.table, self.separator, self.unknown = stream, table, separator, unknown
 
-    def windows(self, rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def windows(self, rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
         """int64 `[rows, length]` of stream positions; half of the windows open at a unit's first token.
 
         The token before a window is replaced by the separator in `batch`, as every sequence in use opens with it.
