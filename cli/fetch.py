@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpt_secure.cli.errors import reported
-from fedpt_secure.cli.progress import TerminalProgress
+from fedpt_secure.cli.progress import shown_on
 
 
 def fetch(
@@ -24,7 +24,7 @@ def fetch(
 
         cache = Cache()
         if not status:
-            with TerminalProgress(console) as progress:
+            with shown_on(console) as progress:
                 cache.fetch(names or list(ARTEFACTS), progress)
         rows = [
             {

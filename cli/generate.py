@@ -12,7 +12,9 @@ from rich.panel import Panel
 from rich.text import Text
 
 from fedpt_secure.cli.errors import reported
-from fedpt_secure.cli.progress import TerminalProgress
+from fedpt_secure.cli.privacy_warning import warn_if_not_private
+from fedpt_secure.cli.progress import shown_on
+from fedpt_secure.config import GenerateConfig, build
 
 
 def generate(
@@ -29,24 +31,27 @@ def generate(
     """Continue a prompt with the black box alone and proxy-tuned, side by side."""
     console = Console(stderr=True)
     with reported(console):
+        wanted = build(
+            GenerateConfig,
+            {
+                "prompt": prompt,
+                "alpha": alpha,
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seed,
+            },
+            command="generate",
+        )
         from fedpt_secure.cli.quiet import quiet_libraries
         from fedpt_secure.data import Cache
         from fedpt_secure.federation import RunDirectory, continuations
 
         quiet_libraries()
-        with TerminalProgress(console) as progress:
-            texts = continuations(
-                RunDirectory.open(run),
-                prompt,
-                chat=chat,
-                alpha=alpha,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                cache=Cache(),
-                progress=progress,
-            )
+        directory = RunDirectory.open(run)
+        warn_if_not_private(directory.config(), console)
+        with shown_on(console) as progress:
+            texts = continuations(directory, **dict(wanted), chat=chat, cache=Cache(), progress=progress)
     if json_output:
         typer.echo(json.dumps({"prompt": prompt, **texts}, indent=2))
         return

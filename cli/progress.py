@@ -1,9 +1,9 @@
-"""Progress bars on standard error."""
+"""Progress on standard error: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -21,9 +21,16 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from fedpt_secure.cli.plain_progress import PlainProgress
+
+
+def shown_on(console: Console) -> AbstractContextManager[TerminalProgress | PlainProgress]:
+    """What shows progress on this console for the length of a `with` block."""
+    return TerminalProgress(console) if console.is_terminal else PlainProgress(console)
+
 
 class TerminalProgress:
-    """`fedpt_secure.progress.Progress` by rich; plain lines where standard error is not a terminal."""
+    """`fedpt_secure.progress.Progress` as bars, by rich."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

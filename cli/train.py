@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import typer
 from rich.console import Console
 
 from fedpt_secure.cli.errors import reported
-from fedpt_secure.cli.progress import TerminalProgress
+from fedpt_secure.cli.privacy_warning import warn_if_not_private
+from fedpt_secure.cli.progress import shown_on
 from fedpt_secure.cli.tables import print_summary
-from fedpt_secure.config import RunConfig, build
+from fedpt_secure.config import RunConfig, build, overlay, read_settings
 from fedpt_secure.errors import ConfigError
 
 DATA, MODELS, PRIVACY, FEDERATION, TUNING, OUTPUT = (
@@ -68,7 +68,9 @@ def train(
         None, help="The proxy: builtin, a directory or Hugging Face id. [default: builtin]", rich_help_panel=MODELS
     ),
     context_length: int | None = typer.Option(None, help="Tokens of a record that are used.", rich_help_panel=MODELS),
-    device: str | None = typer.Option(None, help="auto, cpu, cuda, ... [default: auto]", rich_help_panel=MODELS),
+    device: str | None = typer.Option(
+        None, help="auto, cpu, cuda, cuda:N or mps. [default: auto]", rich_help_panel=MODELS
+    ),
     rounds: int | None = typer.Option(None, rich_help_panel=FEDERATION),
     cohort: int | None = typer.Option(None, help="Clients per round.", rich_help_panel=FEDERATION),
     dropout: float | None = typer.Option(
@@ -99,6 +101,12 @@ def train(
     evaluation_records: int | None = typer.Option(
         None, help="Held-out records in the final report.", rich_help_panel=OUTPUT
     ),
+    config: Path | None = typer.Option(
+        None,
+        help="TOML file with any of the settings, also those without an option, nested as in a run's config.toml. "
+        "Options on the command line override it.",
+        rich_help_panel=OUTPUT,
+    ),
     out: Path | None = typer.Option(None, help="Run directory. [default: runs/DATE-TIME]", rich_help_panel=OUTPUT),
     resume: Path | None = typer.Option(None, help="Go on with an interrupted run.", rich_help_panel=OUTPUT),
     json_output: bool = typer.Option(
@@ -106,6 +114,8 @@ def train(
     ),
 ) -> None:
     """Tune on private text, round by round, and report what it did for the black box.
+
+    Settings come from the command line, else from the file given with --config, else they are the defaults.
 
     Exit codes: 0 done, 2 settings, 4 data, 5 models, 6 privacy, 7 rounds, 8 run directory, 9 black box, 10 files,
     130 interrupted.
@@ -146,18 +156,23 @@ def train(
             "proxy": {"alpha": alpha, "distill_steps": distill_steps},
             "evaluation": {"records": evaluation_records},
         }
-        summary = _run(_given(settings), out=out, resume=resume, console=console)
+        summary = _run(_given(settings), file=config, out=out, resume=resume, console=console)
     if json_output:
         typer.echo(json.dumps(summary, indent=2, allow_nan=False))
     else:
         print_summary(Console(), summary)
 
 
-def _run(settings: dict[str, Any], *, out: Path | None, resume: Path | None, console: Console) -> dict[str, Any]:
+def _run(
+    settings: dict[str, Any], *, file: Path | None, out: Path | None, resume: Path | None, console: Console
+) -> dict[str, Any]:
     if out is not None and resume is not None:
         raise ConfigError("--out starts a run and --resume goes on with one: give one of them")
-    # Settings are checked before the heavy imports, so that a typing error is answered at once.
-    config = build(RunConfig, settings)
+    if file is not None and resume is not None:
+        raise ConfigError("--config starts a run and --resume goes on with one, whose settings are in its directory")
+    # A new run's settings are checked before the heavy imports, so that a typing error is answered at once.
+    if resume is None:
+        config = build(RunConfig, overlay(read_settings(file), settings) if file is not None else settings)
     from fedpt_secure import files
     from fedpt_secure.cli.quiet import quiet_libraries
     from fedpt_secure.data import Cache
@@ -167,26 +182,18 @@ def _run(settings: dict[str, Any], *, out: Path | None, resume: Path | None, con
     quiet_libraries()
     if resume is not None:
         directory = RunDirectory.open(resume)
-        if settings:
-            directory.require_settings(settings)
+        directory.require_settings(settings)
         config = directory.config()
     else:
         path = out or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         directory = RunDirectory.create(path, config)
-    _warn(config, console)
-    with TerminalProgress(console) as progress:
+    warn_if_not_private(config, console)
+    with shown_on(console) as progress:
         result = run_training(config, directory, cache=Cache(), progress=progress)
     summary = summarise(result)
     files.write_json(directory.path / "summary.json", summary)
     console.print(f"run directory: {directory.path}", style="dim", highlight=False, soft_wrap=True)
     return summary
-
-
-def _warn(config: RunConfig, console: Console) -> None:
-    if math.isinf(config.privacy.epsilon):
-        console.print("[bold red]NOT PRIVATE:[/] epsilon is infinite; updates carry no noise.")
-    if config.insecure_deterministic:
-        console.print("[bold red]NOT PRIVATE:[/] --insecure-deterministic: anybody can recompute the noise.")
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,17 +20,34 @@ from fedpt_secure.errors import ConfigError, RunDirectoryError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Alpha = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 _SettingsType = TypeVar("_SettingsType", bound="Settings")
-
 
 SMALLEST_COHORT = 8
 """Clients that a default round sums at least, where there are so many."""
 
+SMALLEST_DELTA = 1e-12
+"""The accountant truncates probability mass near 1e-15, so that it cannot tell much smaller deltas apart."""
+
+_SHOWN_CHARACTERS = 80
+
 
 class Settings(BaseModel):
-    """A frozen group of settings; an unknown key is an error, not a surprise later."""
+    """A frozen group of settings; an unknown key or a value of another type is an error, not a surprise later."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        for text in value if isinstance(value, tuple) else (value,):
+            # Bytes of the command line that are not UTF-8 come as lone surrogates, and no file could hold them.
+            if isinstance(text, str) and any(
+                character == "\0" or "\ud800" <= character <= "\udfff" for character in text
+            ):
+                raise ValueError("must be valid UTF-8 text without NUL")
+        return value
 
 
 class DataConfig(Settings):
@@ -81,7 +99,7 @@ class ModelConfig(Settings):
     large: str | None = None
     """The black box: nothing for SmolLM2-135M-Instruct, or a Transformers directory or Hugging Face id."""
     device: str = "auto"
-    """`auto` (a GPU where there is one), `cpu`, `cuda`, ..."""
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:N` or `mps`."""
     context_length: Annotated[int, Field(ge=8, le=8192)] = 128
     """Records are cut to this many tokens."""
 
@@ -93,12 +111,12 @@ class LoraSettings(Settings):
     parameters carry noise.
     """
 
-    rank: Count = 16
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
     scale: Positive = 2.0
     """Factor on the adapter's output (PEFT's `lora_alpha / r`)."""
-    layers: Annotated[int, Field(ge=0)] = 1
+    layers: Annotated[int, Field(ge=0, le=1000)] = 1
     """Train only the last this many layers; 0 for all."""
-    modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("down_proj",)
+    modules: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("down_proj",)
     """Linear layers that get an adapter. Few trained parameters carry little noise (docs/LOG.md)."""
     directions: Literal["auto", "public", "random"] = "auto"
     """Where A comes from: principal directions of public text, or random; `auto`: public if the small LM has them."""
@@ -112,6 +130,7 @@ class PrivacyConfig(Settings):
     epsilon: Annotated[float, Field(gt=0)] = 4.0
     """The promise over the whole run, per example; `inf` trains without privacy."""
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
+    """Chance with which the promise may fail; at least `SMALLEST_DELTA`."""
     clip_norm: Positive = 0.1
     """L2 norm each example's gradient is clipped to."""
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -125,18 +144,29 @@ class PrivacyConfig(Settings):
             raise ValueError("epsilon must be a number above 0, or inf for no privacy")
         return value
 
+    @field_validator("delta")
+    @classmethod
+    def _accountable(cls, value: float) -> float:
+        if value < SMALLEST_DELTA:
+            raise ValueError(
+                f"delta must be at least {SMALLEST_DELTA:g}, below which the accountant is not exact enough"
+            )
+        return value
+
 
 class FederationConfig(Settings):
     """Rounds, cohorts, and the failures that are simulated."""
 
-    rounds: Count = 8
-    cohort: Annotated[int, Field(ge=3)] | None = None
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 8
+    cohort: Annotated[int, Field(ge=3, le=100_000)] | None = None
     """Clients per round; default: so many that everybody takes part once, but no fewer than `SMALLEST_COHORT`."""
     minimum_survivors: Annotated[int, Field(ge=2)] | None = None
     """A round with fewer survivors is aborted; default: the secret-sharing threshold, 2/3 of the cohort."""
     dropout: Fraction = 0.0
     """Chance that a client vanishes in a round, at a random phase (simulation)."""
-    ring_bits: Annotated[int, Field(ge=16, le=64)] = 32
+    ring_bits: Annotated[int, Field(ge=16, le=32)] = 32
+    """Bits of a ring element; at most 32 in mode `local`: a client adds its noise before the encoding, and the grid of
+    a 64-bit ring is finer than the noise's own, so that rounding would no longer hide the floats behind it."""
 
     @property
     def agreed_cohort(self) -> int:
@@ -153,14 +183,14 @@ class FederationConfig(Settings):
 class TrainingConfig(Settings):
     """The optimisation, on both sides. None of it changes the privacy."""
 
-    local_steps: Count = 1
+    local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
     """DP-SGD steps a client makes per round."""
     local_learning_rate: Positive = 1.0
     normaliser: Positive = 16.0
     """Public constant that sums of gradients are divided by, whatever the client's record count."""
     server_optimizer: Literal["average", "momentum", "adam"] = "adam"
     """What the server makes of the mean update (post-processing): FedAvg, FedAvgM or FedAdam (Reddi et al. 2021)."""
-    server_learning_rate: Positive = 0.05
+    server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 0.05
     server_momentum: Fraction = 0.9
     update_bound: Positive = 1.0
     """Each coordinate of a client's update is clipped to this before encoding."""
@@ -169,7 +199,7 @@ class TrainingConfig(Settings):
 class ProxyConfig(Settings):
     """How the tuned small LM steers the black box, and FedPT's distillation between rounds."""
 
-    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    alpha: Alpha = 0.5
     """Weight of the small LM's shift; the default was chosen on public text only (docs/LOG.md)."""
     distill_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of distillation on public text after each round; 0 switches it off."""
@@ -179,7 +209,7 @@ class ProxyConfig(Settings):
 class EvaluationConfig(Settings):
     """The held-out report. It chooses nothing."""
 
-    records: Annotated[int, Field(ge=10)] = 300
+    records: Annotated[int, Field(ge=10, le=1_000_000)] = 300
     """Held-out records scored by all four arms (a seeded sample)."""
     bootstrap_samples: Annotated[int, Field(ge=200)] = 2000
 
@@ -187,7 +217,7 @@ class EvaluationConfig(Settings):
 class RunConfig(Settings):
     """One run, wholly described."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     """Fixes the data split, the cohorts and the public LoRA matrices; never keys, masks or noise."""
     insecure_deterministic: bool = False
     """Keys, masks and noise from the seed too, for debugging. Marks every artefact as not private."""
@@ -227,8 +257,34 @@ class RunConfig(Settings):
         return [f"{key}: {ours[key]!r} != {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
 
 
-def build(settings: type[_SettingsType], values: dict[str, Any]) -> _SettingsType:
+class GenerateConfig(Settings):
+    """What `generate` is asked for."""
+
+    prompt: str
+    alpha: Alpha | None = None
+    """Weight of the small LM's shift; nothing for the run's."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 48
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    """0 takes the most likely token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Seed = 0
+    """Of the sampling; the choice of a token is no secret."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, value: float) -> float:
+        if 0 < value < 1e-3:
+            raise ValueError("temperature must be 0 or from 0.001 to 100")
+        return value
+
+
+def build(settings: type[_SettingsType], values: Mapping[str, Any], *, command: str = "train") -> _SettingsType:
     """Validate settings, reporting every error at once.
+
+    Args:
+        settings: the group to build.
+        values: nested as in `config.toml`; what is absent takes its default.
+        command: whose help the hint names.
 
     Raises:
         ConfigError: one line naming each bad setting, what was given and the rule.
@@ -236,7 +292,41 @@ def build(settings: type[_SettingsType], values: dict[str, Any]) -> _SettingsTyp
     try:
         return settings.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_one_line(error), hint="`fedpt-secure train --help` lists the settings") from None
+        raise ConfigError(_one_line(error), hint=f"`fedpt-secure {command} --help` lists the settings") from None
+
+
+def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with some of them replaced.
+
+    Raises:
+        ConfigError: a group of settings in `changes` is something else in `values`.
+    """
+    merged = dict(values)
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            before = merged.get(key, {})
+            if not isinstance(before, Mapping):
+                raise ConfigError(f"{key}: must be a group of settings, given {_shown(before)}", hint=f"[{key}]")
+            merged[key] = overlay(before, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Some settings from a user's TOML file, not validated yet.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings {str(path)!r}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"the settings {str(path)!r} are not TOML: {error}", hint="config.toml of a run shows how"
+        ) from None
 
 
 def load(path: Path) -> RunConfig:
@@ -247,7 +337,7 @@ def load(path: Path) -> RunConfig:
         ConfigError: a setting is not acceptable.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RunDirectoryError(f"cannot read configuration {path}: {error}") from error
     return build(RunConfig, values)
@@ -270,6 +360,11 @@ def _one_line(error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"])
-        given = "" if isinstance(item["input"], dict | BaseModel) else f", given {item['input']!r}"
+        given = "" if isinstance(item["input"], dict | BaseModel) else f", given {_shown(item['input'])}"
         parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{given}".removeprefix(": "))
     return "; ".join(parts)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

@@ -102,5 +102,15 @@ def fraction_improved(before: npt.ArrayLike, after: npt.ArrayLike) -> float:
 
 
 def perplexity(loss: Estimate) -> Estimate:
-    """`exp(loss)`. The ends are transformed too: percentiles keep their rank under a monotone map."""
-    return Estimate(math.exp(loss.value), math.exp(loss.low), math.exp(loss.high))
+    """`exp(loss)`, `inf` where that passes the largest float (a loss above 709 nats).
+
+    The ends are transformed too: percentiles keep their rank under a monotone map.
+    """
+    return Estimate(_exp(loss.value), _exp(loss.low), _exp(loss.high))
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

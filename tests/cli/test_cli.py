@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fedpt_secure.cli import app
+from fedpt_secure.cli.privacy_warning import warn_if_not_private
+from fedpt_secure.config import RunConfig, build, load
 
 RUNNER = CliRunner()
 
@@ -64,6 +69,56 @@ def test_resume_goes_on_and_refuses_other_settings_by_name(arguments, tmp_path):
     assert "privacy.epsilon: 4.0 != 8" in other.stderr
 
 
+def test_resume_checks_settings_together_with_the_runs_own(arguments, tmp_path):
+    """`--partition` alone would be refused in a new run; here the run already says how many clients."""
+    dealt = [*arguments, "--rounds", 1, "--clients", 5, "--partition", "equal", "--out", tmp_path / "run"]
+    dealt.remove("--client-column")
+    dealt.remove("who")
+    assert invoke(*dealt).exit_code == 0
+    again = invoke("train", "--resume", tmp_path / "run", "--partition", "equal", "--json")
+    assert again.exit_code == 0, again.output
+    other = invoke("train", "--resume", tmp_path / "run", "--clients", 4)
+    assert other.exit_code == 8
+    assert "data.clients: 5 != 4" in other.stderr
+    unacceptable = invoke("train", "--resume", tmp_path / "run", "--epsilon", "nan")
+    assert unacceptable.exit_code == 2
+    assert "epsilon" in unacceptable.stderr
+
+
+def test_a_config_file_reaches_every_setting_and_the_command_line_overrides_it(arguments, tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text("seed = 3\n[federation]\nrounds = 5\n[training]\nserver_optimizer = 'average'\n")
+    result = invoke(*arguments, "--config", file, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    config = load(tmp_path / "run" / "config.toml")
+    assert (config.seed, config.federation.rounds, config.federation.cohort) == (3, 2, 5)
+    assert config.training.server_optimizer == "average"
+    resumed = invoke("train", "--resume", tmp_path / "run", "--config", file)
+    assert resumed.exit_code == 2
+    assert "--config" in resumed.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"rounds = ", "not TOML"),
+        (b"\xff\xfe", "not TOML"),
+        (b"[federation]\nround = 3", "federation.round"),
+        (b"federation = 3", "federation: must be a group"),
+        (b"[federation]\nring_bits = 64", "ring_bits"),
+        (b"[federation]\ndropout = true", "federation.dropout"),
+    ],
+)
+def test_a_bad_config_file_is_one_line(arguments, tmp_path, content, said):
+    file = tmp_path / "settings.toml"
+    file.write_bytes(content)
+    result = invoke(*arguments, "--config", file, "--out", tmp_path / "run")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("error:") == 1
+    assert said in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_generate_shows_both_continuations(arguments, tmp_path):
     assert invoke(*arguments, "--out", tmp_path / "run").exit_code == 0
     command = ("generate", "--run", tmp_path / "run", "hey you", "--max-new-tokens", 4)
@@ -72,6 +127,58 @@ def test_generate_shows_both_continuations(arguments, tmp_path):
     assert "large LM alone" in shown.stdout
     texts = json.loads(invoke(*command, "--json").stdout)
     assert set(texts) == {"prompt", "base", "proxy_tuned"}
+    assert "NOT PRIVATE" not in shown.stderr
+
+
+def test_generate_warns_about_a_run_that_is_not_private(arguments, tmp_path):
+    settings = ("--rounds", 1, "--epsilon", "inf", "--insecure-deterministic", "--out", tmp_path / "run")
+    assert invoke(*arguments, *settings).exit_code == 0
+    shown = invoke("generate", "--run", tmp_path / "run", "hey you", "--max-new-tokens", 1, "--json")
+    assert shown.exit_code == 0, shown.output
+    assert shown.stderr.count("NOT PRIVATE") == 2
+    assert json.loads(shown.stdout)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reasons"),
+    [
+        ({}, []),
+        ({"privacy": {"epsilon": 100.0}}, []),
+        ({"privacy": {"epsilon": math.inf}}, ["infinite"]),
+        ({"insecure_deterministic": True}, ["recompute"]),
+    ],
+)
+def test_each_reason_why_a_run_is_not_private_is_said_in_red(settings, reasons):
+    stream = io.StringIO()
+    warn_if_not_private(build(RunConfig, settings), Console(file=stream, force_terminal=True, color_system="standard"))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == len(reasons)
+    for line, reason in zip(lines, reasons, strict=True):
+        assert line.startswith("\x1b[1;31mNOT PRIVATE:")
+        assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (("hey \udcff",), "UTF-8"),
+        (("hey", "--seed", "-1"), "seed"),
+        (("hey", "--alpha", "-1"), "alpha"),
+        (("hey", "--alpha", "inf"), "alpha"),
+        (("hey", "--temperature", "-0.5"), "temperature"),
+        (("hey", "--temperature", "1e-300"), "temperature"),
+        (("hey", "--temperature", "nan"), "temperature"),
+        (("hey", "--top-p", "0"), "top_p"),
+        (("hey", "--max-new-tokens", "0"), "max_new_tokens"),
+    ],
+)
+def test_a_bad_request_to_generate_is_one_line(tmp_path, bad, said):
+    result = invoke("generate", "--run", tmp_path, *bad)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.count("error:") == 1
+    assert said in result.stderr
+    assert "generate --help" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -95,6 +202,12 @@ def test_generate_shows_both_continuations(arguments, tmp_path):
         (("--context-length", "1"), 2, "context_length"),
         (("--rounds", "0"), 2, "rounds"),
         (("--dropout", "1"), 2, "dropout"),
+        (("--delta", "1e-13"), 2, "at least 1e-12"),
+        (("--device", "meta"), 2, "not one of auto, cpu"),
+        (("--lora-rank", "1025"), 2, "1024"),
+        (("--alpha", "10.5"), 2, "alpha"),
+        (("--text-column", "sa\udcff"), 2, "UTF-8"),
+        (("--config", "no/such/settings.toml"), 2, "no/such/settings.toml"),
     ],
 )
 def test_bad_input_is_one_line_with_a_documented_exit_code(arguments, tmp_path, bad, exit_code, said):

@@ -101,6 +101,11 @@ def test_perplexity_is_the_exponential_of_the_loss_and_of_its_interval():
     assert perplexity(Estimate(1.0, 0.5, 2.0)) == Estimate(math.e, math.exp(0.5), math.exp(2))
 
 
+def test_a_perplexity_beyond_the_floats_is_infinite():
+    assert perplexity(Estimate(710.0, 0.0, 1e6)) == Estimate(math.inf, 1.0, math.inf)
+    assert math.isfinite(perplexity(Estimate(709.0, 709.0, 709.0)).value)
+
+
 def test_a_tie_is_no_improvement():
     assert fraction_improved([1.0, 2.0, 3.0, 4.0], [0.5, 2.0, 3.5, 3.9]) == 0.5
 
