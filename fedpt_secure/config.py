@@ -111,7 +111,7 @@ class LoraSettings(Settings):
     parameters carry noise.
     """
 
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    rank: Annotated[int, Field(ge=1, le=1024)] = 32
     scale: Positive = 2.0
     """Factor on the adapter's output (PEFT's `lora_alpha / r`)."""
     layers: Annotated[int, Field(ge=0, le=1000)] = 1

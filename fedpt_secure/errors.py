@@ -6,7 +6,9 @@
     │   └── FetchError                4   an artefact could not be fetched or does not match its pinned hash
     ├── ModelError                    5   weights or tokenizer missing, corrupt or incompatible
     ├── PrivacyError                  6   the privacy asked for cannot be given
-    │   └── BudgetExceeded            6   a client's own budget would be passed
+    │   ├── BudgetExceeded            6   a client's own budget would be passed
+    │   ├── AlreadyReleased           6   a client has already given its update to this round
+    │   └── LedgerError               6   a client's ledger is missing, damaged, or cannot be written
     ├── RoundError                    7   secure aggregation stopped; nothing was revealed
     ├── RunDirectoryError             8   a run directory is missing, damaged or of another configuration
     └── BlackBoxError                 9   the large model's API misbehaved or cannot do what is asked
@@ -64,6 +66,14 @@ class PrivacyError(FedptError):
 
 class BudgetExceeded(PrivacyError):
     """Work would pass a client's own budget; the client declines."""
+
+
+class AlreadyReleased(PrivacyError):
+    """A client has already given its update to this round, or opened it; it does not do so again."""
+
+
+class LedgerError(PrivacyError):
+    """A client's ledger is missing, damaged, or cannot be written; without it a client does not take part."""
 
 
 class RoundError(FedptError):

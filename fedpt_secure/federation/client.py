@@ -16,14 +16,26 @@ from fedpt_secure.crypto import (
     RandomBytes,
     Roster,
     RoundContext,
+    RoundReplayed,
     SecAggClient,
     default_threshold,
 )
-from fedpt_secure.errors import RoundError
+from fedpt_secure.errors import AlreadyReleased, RoundError
 from fedpt_secure.federation.announcement import Announcement
 from fedpt_secure.federation.protocol_errors import as_round_error
 from fedpt_secure.lm.small import SmallLM
-from fedpt_secure.privacy import DpSgdSettings, GaussianSteps, Ledger, NoiseSource, SmallExample, train_locally
+from fedpt_secure.privacy import (
+    DpSgdSettings,
+    GaussianSteps,
+    Ledger,
+    NoiseSource,
+    Release,
+    SmallExample,
+    train_locally,
+)
+
+LARGEST_ADAPTER_ENTRY = 1e4
+"""No honest adapter comes near; larger ones can make a forward pass overflow on some records and not on others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +98,9 @@ class ClientWorker:
         self._protocol: SecAggClient | None = None
 
     @property
-    def history(self) -> tuple[GaussianSteps, ...]:
-        """What the ledger says this client's data was used for."""
-        return self._ledger.history()
+    def releases(self) -> tuple[Release, ...]:
+        """What the ledger says this client's data was used for in this run."""
+        return self._ledger.releases(self._terms.run_id.hex())
 
     def announce(self, content: bytes, small: SmallLM) -> bytes:
         """Check a round's announcement against the terms; answer with signed fresh keys.
@@ -109,8 +121,8 @@ class ClientWorker:
         vector = announcement.adapter_vector()
         if vector.shape != (small.dimension,):
             raise RoundError(f"announced adapter has {vector.size} entries, the agreed one has {small.dimension}")
-        if not np.isfinite(vector).all():
-            raise RoundError("announced adapter holds entries that are not finite")
+        if not (np.isfinite(vector).all() and np.abs(vector).max() <= LARGEST_ADAPTER_ENTRY):
+            raise RoundError(f"announced adapter holds entries that are not finite or above {LARGEST_ADAPTER_ENTRY:g}")
         with as_round_error(f"client {self.client_id}"):
             context = RoundContext(
                 run_id=announcement.run_id,
@@ -130,6 +142,7 @@ class ClientWorker:
                 client_id=self.client_id,
                 roster=self._roster,
                 policy=_policy(federation),
+                register=_LedgerRegister(self._ledger),
             )
             answer = protocol.advertise()
         self._announcement, self._protocol = announcement, protocol
@@ -190,7 +203,7 @@ class ClientWorker:
             raise RoundError(f"client {self.client_id} is in no round")
         return self._announcement
 
-    def _update(self, announcement: Announcement, small: SmallLM) -> npt.NDArray[np.float32]:
+    def _update(self, announcement: Announcement, small: SmallLM) -> npt.NDArray[np.float64]:
         run_id = self._terms.run_id.hex()
         update = self._ledger.pending(run_id, announcement.round_index)
         if update is not None:
@@ -199,6 +212,7 @@ class ClientWorker:
         request = GaussianSteps(self._terms.noise_multiplier, privacy.sampling_rate, training.local_steps)
         self._ledger.check(request)
         small.load_adapter_vector(announcement.adapter_vector())
+        noise = self._randomness.noise(announcement.round_index)
         trained = train_locally(
             small,
             self._examples,
@@ -210,10 +224,33 @@ class ClientWorker:
                 normaliser=training.normaliser,
                 learning_rate=training.local_learning_rate,
             ),
-            noise=self._randomness.noise(announcement.round_index),
+            noise=noise,
         )
-        self._ledger.release(run_id, announcement.round_index, request, trained.vector)
+        self._ledger.release(
+            run_id, announcement.round_index, request, trained.vector, noise_is_private=noise.is_private
+        )
         return trained.vector
+
+
+class _LedgerRegister:
+    """The protocol's memory of rounds, kept in the ledger, so that it outlives the process."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def begin(self, context: RoundContext) -> None:
+        """See `crypto.RoundRegister.begin`."""
+        try:
+            self._ledger.begin_session(context.run_id.hex(), context.round_index, context.attempt)
+        except AlreadyReleased as error:
+            raise RoundReplayed(error.message, hint=error.hint) from error
+
+    def release(self, context: RoundContext) -> None:
+        """See `crypto.RoundRegister.release`."""
+        try:
+            self._ledger.open_round(context.run_id.hex(), context.round_index)
+        except AlreadyReleased as error:
+            raise RoundReplayed(error.message, hint=error.hint) from error
 
 
 def _policy(federation: FederationConfig) -> ClientPolicy:

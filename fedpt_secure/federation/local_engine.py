@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedpt_secure.data.simulation import simulation_rng
-from fedpt_secure.errors import PrivacyError, RoundError
+from fedpt_secure.errors import AlreadyReleased, BudgetExceeded, RoundError
 from fedpt_secure.federation.client import ClientWorker
 from fedpt_secure.federation.server import AggregationServer, RoundAggregate
 from fedpt_secure.lm.small import SmallLM
@@ -61,6 +61,9 @@ def run_round(
         dropouts: client -> the phase before which it vanishes.
 
     Returns the mean update, or None if the round was aborted, and the transcript.
+
+    Raises:
+        LedgerError: a simulated client's disk failed. A real client would fall silent; here it is this machine's disk.
     """
     transcript = Transcript(server.context.round_index, server.context.cohort)
     carrier = _Carrier(server, workers, dropouts, transcript)
@@ -128,7 +131,7 @@ class _Carrier:
                 continue
             try:
                 response = answer(self.workers[client], message)
-            except (RoundError, PrivacyError) as error:
+            except (RoundError, BudgetExceeded, AlreadyReleased) as error:
                 # A client that declines is silent to the others; its reason stays in the transcript.
                 self.transcript.dropped[client] = f"{name}: {error.message}"
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedpt_secure.config import RunConfig
@@ -28,7 +28,7 @@ class Population:
     """All clients of a run and the keys they know each other by.
 
     Attributes:
-        workers: client id -> worker.
+        workers: client id -> worker, for the clients that some round asks.
         roster: every client's verify key, as distributed out of band.
         terms: what all of them agreed to.
     """
@@ -75,13 +75,25 @@ def build_population(
     text: FederatedText,
     examples: Mapping[str, Sequence[SmallExample]],
     *,
+    scheduled: Collection[str],
     run_id: bytes,
     noise_multiplier: float,
     directory: RunDirectory,
+    new: bool,
 ) -> Population:
-    """Give every client its identity, ledger and noise source."""
+    """Give every client that will be asked its identity, ledger and noise source.
+
+    Args:
+        scheduled: the clients in some round's cohort.
+        new: the run has no checkpoint yet, so ledgers may be begun; later a missing one is an error.
+
+    Raises:
+        LedgerError: a client's ledger is missing or damaged.
+    """
     terms = ClientTerms(run_id, config, config_digest(config), noise_multiplier)
-    identities = {client.client_id: Identity.generate() for client in text.clients}
+    identities = {client: Identity.generate() for client in scheduled}
+    budget = {"epsilon": config.privacy.epsilon, "delta": config.privacy.delta}
+    ledger = Ledger.create if new else Ledger
     roster = Roster({client_id: identity.verify_key_bytes for client_id, identity in identities.items()})
     workers = {
         client.client_id: ClientWorker(
@@ -90,12 +102,11 @@ def build_population(
             terms=terms,
             identity=identities[client.client_id],
             roster=roster,
-            ledger=Ledger(
-                directory.client_directory(index), epsilon=config.privacy.epsilon, delta=config.privacy.delta
-            ),
+            ledger=ledger(directory.client_directory(index), **budget),
             randomness=client_randomness(config, client.client_id),
         )
         for index, client in enumerate(text.clients)
+        if client.client_id in identities
     }
     return Population(workers, roster, terms)
 

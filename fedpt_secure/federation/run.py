@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedpt_secure import files
@@ -14,15 +16,16 @@ from fedpt_secure.config import RunConfig
 from fedpt_secure.data import Cache, FederatedText, load_federated_text
 from fedpt_secure.data.examples import Example, encode
 from fedpt_secure.data.simulation import simulation_rng
-from fedpt_secure.errors import RoundError, RunDirectoryError
+from fedpt_secure.errors import LedgerError, ModelError, RoundError
 from fedpt_secure.evaluation import ArmsEvaluation, evaluate_arms
+from fedpt_secure.federation.client import LARGEST_ADAPTER_ENTRY
 from fedpt_secure.federation.local_engine import Transcript, draw_dropouts, run_round
 from fedpt_secure.federation.population import Population, build_population, calibrate
-from fedpt_secure.federation.run_directory import Checkpoint, RunDirectory, new_run_id
+from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.schedule import cohort_schedule
 from fedpt_secure.federation.server import AggregationServer
-from fedpt_secure.federation.server_optimizer import ServerOptimizer
 from fedpt_secure.federation.setup import RunModels, load_models
+from fedpt_secure.federation.state import RunState, restore, save
 from fedpt_secure.privacy import PrivacyStatement, SmallExample, example_losses, local_statement
 from fedpt_secure.progress import Progress
 
@@ -54,16 +57,6 @@ class RunResult:
     large_source: str
 
 
-@dataclass(slots=True)
-class _State:
-    """What changes from round to round."""
-
-    run_id: bytes
-    rounds_done: int
-    optimizer: ServerOptimizer
-    seconds: dict[str, float]
-
-
 def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, progress: Progress) -> RunResult:
     """Train, or go on from the directory's checkpoint, then evaluate once.
 
@@ -71,6 +64,11 @@ def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, pr
         FedptError: settings, data, models or privacy that do not fit; before training wherever that can be known.
         RoundError: every round was aborted.
     """
+    with directory.locked():
+        return _run(config, directory, cache, progress)
+
+
+def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Progress) -> RunResult:
     began = time.perf_counter()
     # 1. Data, models, and the noise that the promise needs: whatever can fail, fails before anything is trained.
     text = load_federated_text(config.data, seed=config.seed, cache=cache, progress=progress)
@@ -82,37 +80,45 @@ def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, pr
     models = load_models(config, cache=cache, progress=progress)
     small = models.small
     train, held_out = _encode(text, models, config)
-    state = _restore(directory, config, text, models)
+    state = restore(directory, config, text, small)
     population = build_population(
-        config, text, train, run_id=state.run_id, noise_multiplier=noise_multiplier, directory=directory
+        config,
+        text,
+        train,
+        scheduled=set().union(*schedule),
+        run_id=state.run_id,
+        noise_multiplier=noise_multiplier,
+        directory=directory,
+        new=state.new,
     )
+    if state.new:
+        directory.save_config(config)
+        save(directory, state, config, text, small)
     for worker in population.workers.values():
         worker.settle(state.rounds_done)
     attempt = directory.count_start()
-    state.seconds["prepare"] = state.seconds.get("prepare", 0.0) + time.perf_counter() - began
+    state.add_seconds("prepare", time.perf_counter() - began)
 
     # 2. Rounds. The loss shown after each is of held-out records; nothing is decided by it.
     watched = _sample(held_out, WATCHED_RECORDS, config.seed)
+    private = math.isfinite(config.privacy.epsilon) and not config.insecure_deterministic
     with progress.task("rounds", config.federation.rounds, unit="rounds") as bar:
         bar.advance(state.rounds_done)
         for round_index in range(state.rounds_done, config.federation.rounds):
             began = time.perf_counter()
-            transcript = _round(
-                config, state, models, population, schedule[round_index], round_index, attempt, progress
-            )
+            cohort = schedule[round_index]
+            transcript = _round(config, state, models, population, cohort, round_index, attempt, progress)
             loss = _small_loss(models, watched)
             state.rounds_done = round_index + 1
-            state.seconds["rounds"] = state.seconds.get("rounds", 0.0) + time.perf_counter() - began
-            directory.append("transcript", {"round": round_index} | asdict(transcript))
-            directory.append(
-                "metrics",
-                {"round": round_index, "small_tuned_loss": loss, "aborted": bool(transcript.aborted)},
-            )
-            _save(directory, state, text, models)
-            for client in schedule[round_index]:
+            state.add_seconds("rounds", time.perf_counter() - began)
+            mark = {"round": round_index, "private": private}
+            directory.append("transcript", mark | asdict(transcript))
+            directory.append("metrics", mark | {"small_tuned_loss": loss, "aborted": bool(transcript.aborted)})
+            save(directory, state, config, text, small)
+            for client in cohort:
                 population.workers[client].settle(state.rounds_done)
-            bar.advance()
             bar.describe(f"small LM held-out loss {loss:.3f}" + (" (round aborted)" if transcript.aborted else ""))
+            bar.advance()
 
     transcripts = directory.read_log("transcript")
     if all(line["aborted"] for line in transcripts):
@@ -120,14 +126,9 @@ def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, pr
             f"all {len(transcripts)} rounds were aborted; the last because: {transcripts[-1]['aborted']}",
             hint="fewer dropouts, larger cohorts, or a smaller --minimum-survivors",
         )
-    statement = local_statement(
-        {client: worker.history for client, worker in population.workers.items()},
-        delta=config.privacy.delta,
-        clip_norm=config.privacy.clip_norm,
-        noise_is_private=not config.insecure_deterministic,
-    )
+    statement = _statement(config, population, transcripts)
     files.write_json(directory.path / "privacy.json", statement.to_json())
-    small.save_adapter(directory.adapter)
+    directory.replace_adapter(small.save_adapter, readme=_adapter_readme(statement, small.name))
 
     # 3. One look at the held-out records, by all four arms.
     began = time.perf_counter()
@@ -138,7 +139,7 @@ def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, pr
         alphas=[config.proxy.alpha],
         progress=progress,
     )
-    state.seconds["evaluation"] = time.perf_counter() - began
+    state.add_seconds("evaluation", time.perf_counter() - began)
     return RunResult(
         config=config,
         text=text,
@@ -154,7 +155,7 @@ def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, pr
 
 def _round(
     config: RunConfig,
-    state: _State,
+    state: RunState,
     models: RunModels,
     population: Population,
     cohort: tuple[str, ...],
@@ -186,6 +187,11 @@ def _round(
     small.load_adapter_vector(adapter)
     if aggregate is not None:
         moved, state.optimizer = state.optimizer.apply(adapter, aggregate.mean_update)
+        if not np.abs(moved).max() <= LARGEST_ADAPTER_ENTRY:
+            raise ModelError(
+                f"training diverged in round {round_index}: the adapter is no longer finite or small",
+                hint="a smaller --server-learning-rate; a new run",
+            )
         small.load_adapter_vector(moved)
         if config.proxy.distill_steps:
             models.distil(config, round_index, progress)
@@ -224,52 +230,27 @@ def _sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]
     return [examples[index] for index in sorted(chosen)]
 
 
-def _restore(directory: RunDirectory, config: RunConfig, text: FederatedText, models: RunModels) -> _State:
-    """The state after the last checkpoint, or the state before the first round, saved."""
-    training = config.training
-    checkpoint = directory.load_checkpoint()
-    if checkpoint is None:
-        optimizer = ServerOptimizer.fresh(
-            training.server_optimizer,
-            learning_rate=training.server_learning_rate,
-            momentum=training.server_momentum,
-            dimension=models.small.dimension,
-        )
-        state = _State(new_run_id(), 0, optimizer, {})
-        _save(directory, state, text, models)
-    else:
-        if checkpoint.data_digest != text.digest or checkpoint.model_digest != models.small.digest:
-            what = "text" if checkpoint.data_digest != text.digest else "small LM"
-            raise RunDirectoryError(
-                f"{directory.path} was trained on another {what} than the one found now",
-                hint="restore it, or start a new run",
-            )
-        models.small.load_adapter_vector(checkpoint.tensors["adapter"])
-        optimizer = ServerOptimizer(
-            training.server_optimizer,
-            training.server_learning_rate,
-            training.server_momentum,
-            checkpoint.tensors["first_moment"],
-            checkpoint.tensors["second_moment"],
-            int(checkpoint.scalars["optimizer_steps"]),
-        )
-        state = _State(checkpoint.run_id, checkpoint.rounds_done, optimizer, dict(checkpoint.scalars["seconds"]))
-    directory.cut_logs(state.rounds_done)
-    return state
+def _statement(config: RunConfig, population: Population, transcripts: Sequence[Mapping[str, Any]]) -> PrivacyStatement:
+    """The statement over what the ledgers counted, which must cover every update that was summed.
 
-
-def _save(directory: RunDirectory, state: _State, text: FederatedText, models: RunModels) -> None:
-    directory.save_checkpoint(
-        Checkpoint(
-            run_id=state.run_id,
-            rounds_done=state.rounds_done,
-            data_digest=text.digest,
-            model_digest=models.small.digest,
-            tensors={
-                "adapter": models.small.adapter_vector(),
-                "first_moment": state.optimizer.first_moment,
-                "second_moment": state.optimizer.second_moment,
-            },
-            scalars={"optimizer_steps": state.optimizer.steps, "seconds": state.seconds},
-        )
+    Raises:
+        LedgerError: a client's update is in a sum but not in its ledger.
+    """
+    releases = {client: worker.releases for client, worker in population.workers.items()}
+    for line in transcripts:
+        for client in line["survivors"]:
+            if line["round"] not in {release.round_index for release in releases.get(client, ())}:
+                raise LedgerError(
+                    f"the ledger of client {client} does not know its update in round {line['round']}",
+                    hint="restore the run's clients/ folder; no epsilon can be stated without it",
+                )
+    return local_statement(
+        {client: tuple(release.spent for release in rows) for client, rows in releases.items()},
+        delta=config.privacy.delta,
+        clip_norm=config.privacy.clip_norm,
+        noise_is_private=all(release.noise_is_private for rows in releases.values() for release in rows),
     )
+
+
+def _adapter_readme(statement: PrivacyStatement, base: str) -> str:
+    return f"# LoRA adapter of a fedpt-secure run\n\nBase model: {base} small LM.\n\nPrivacy: {statement.claim()}\n"

@@ -181,7 +181,7 @@ class RunDirectory:
             ConfigError: a setting is not acceptable at all.
         """
         ours = self.config()
-        wanted = configuration.build(RunConfig, _merged(ours.model_dump(), settings))
+        wanted = configuration.build(RunConfig, configuration.overlay(ours.model_dump(), settings))
         if differences := ours.differences(wanted):
             raise RunDirectoryError(
                 f"{self.path} was started with other settings (there != here): {'; '.join(differences)}",
@@ -409,14 +409,6 @@ def _log_line(content: bytes, index: int) -> dict[str, Any]:
     if line["round"] != index:
         raise ValueError(f"round {line['round']} in the place of round {index}")
     return line
-
-
-def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(values)
-    for key, value in changes.items():
-        before = merged.get(key)
-        merged[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, Mapping) else value
-    return merged
 
 
 def new_run_id() -> bytes:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers import AutoConfig
 
 from fedpt_secure.config import RunConfig
 from fedpt_secure.data import Cache
 from fedpt_secure.data.tokenizer import TextTokenizer
-from fedpt_secure.errors import ModelError
+from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.lm.devices import resolve_device
 from fedpt_secure.lm.large_weights import LargeWeights, resolve_large
-from fedpt_secure.lm.small import SmallLM, builtin_directory, load_base
+from fedpt_secure.lm.small import BaseLM, SmallLM, builtin_directory, load_base
 from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
 from fedpt_secure.progress import Progress
 from fedpt_secure.proxy import (
@@ -103,7 +104,9 @@ def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunMo
     vocabulary = Vocabulary.from_tokenizer(backend)
     tokenizer = TextTokenizer(backend, separator_id=vocabulary.separator_id)
     device = resolve_device(config.models.device)
-    small = SmallLM(load_base(config.models.small, vocabulary), config.lora, seed=config.seed, device=device)
+    base = load_base(config.models.small, vocabulary)
+    _check_contexts(config.models.context_length, base, weights)
+    small = SmallLM(base, config.lora, seed=config.seed, device=device)
     return RunModels(
         tokenizer=tokenizer,
         vocabulary=vocabulary,
@@ -112,3 +115,22 @@ def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunMo
         weights=weights,
         device=device,
     )
+
+
+def _check_contexts(context_length: int, base: BaseLM, weights: LargeWeights) -> None:
+    """Both models must hold a whole record, and the small one must treat it alike in every batch."""
+    large = AutoConfig.from_pretrained(weights.path)
+    for name, config in (("small", base.model.config), ("large", large)):
+        most = getattr(config, "max_position_embeddings", None)
+        if most is not None and context_length > most:
+            raise ConfigError(
+                f"context_length is {context_length}, but the {name} LM has {most} positions",
+                hint=f"--context-length {most}",
+            )
+    rope = getattr(base.model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        raise ModelError(
+            f"the small LM's {rope['rope_type']} rotary embedding depends on the longest text of a batch, so that a "
+            "record's gradient would depend on other records and no privacy could be proved",
+            hint="choose a small LM with plain rotary embeddings",
+        )

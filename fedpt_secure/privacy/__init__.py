@@ -2,7 +2,7 @@
 
 from fedpt_secure.privacy.accounting import ACCOUNTANT, GaussianSteps, calibrate_noise, epsilon_spent, round_up
 from fedpt_secure.privacy.dp_sgd import DpSgdSettings, LocalUpdate, SmallExample, example_losses, train_locally
-from fedpt_secure.privacy.ledger import Ledger
+from fedpt_secure.privacy.ledger import Ledger, Release
 from fedpt_secure.privacy.noise import InsecureDeterministicRandom, NoiseSource, SecureRandom
 from fedpt_secure.privacy.statement import PrivacyStatement, local_statement
 
@@ -15,6 +15,7 @@ __all__ = [
     "LocalUpdate",
     "NoiseSource",
     "PrivacyStatement",
+    "Release",
     "SecureRandom",
     "SmallExample",
     "calibrate_noise",

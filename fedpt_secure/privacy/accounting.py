@@ -22,6 +22,8 @@ from fedpt_secure.errors import PrivacyError
 ACCOUNTANT = "dp-accounting PLD, pessimistic, add-or-remove-one"
 LARGEST_NOISE_MULTIPLIER = 10_000.0
 SMALLEST_NOISE_MULTIPLIER = 0.2
+SMALLEST_DELTA = 1e-12
+"""The accountant leaves out probability near 1e-15; below this delta its answer would rest on what it left out."""
 _CALIBRATION_STEP = 1.001  # noise multipliers are searched on a geometric grid this fine
 _DISCRETISATION = 1e-4  # of the privacy loss; any value gives an upper bound, a finer one a tighter bound
 _SEARCH_DISCRETISATION = 1e-3
@@ -86,7 +88,10 @@ def epsilon_spent(spent: tuple[GaussianSteps, ...], *, delta: float, discretisat
 
 
 def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
-    """The smallest noise multiplier, to 0.1 %, with which `steps` releases cost at most (epsilon, delta).
+    """A noise multiplier with which `steps` releases cost at most (epsilon, delta), and hardly less.
+
+    `epsilon_spent` of the result, at its default discretisation, is at most epsilon, so a budget check agrees.
+    Multipliers are tried in steps of 0.1 %, with a coarser accountant; both err to the safe side.
 
     Returns 0 for an infinite epsilon, which promises nothing.
 
@@ -101,9 +106,11 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
     if steps < 1:
         raise PrivacyError(f"cannot calibrate noise for {steps} steps")
 
+    search_discretisation = min(_SEARCH_DISCRETISATION, max(_DISCRETISATION, epsilon / 1000))
+
     def cost(exponent: int) -> float:
         history = (GaussianSteps(_noise_multiplier(exponent), sampling_rate, steps),)
-        return epsilon_spent(history, delta=delta, discretisation=_SEARCH_DISCRETISATION)
+        return epsilon_spent(history, delta=delta, discretisation=search_discretisation)
 
     top = math.ceil(math.log(LARGEST_NOISE_MULTIPLIER / SMALLEST_NOISE_MULTIPLIER, _CALIBRATION_STEP))
     # Gallop from a middling multiplier: both ends of the range are slow to account for.
@@ -121,6 +128,10 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
     while enough - too_little > 1:
         middle = (too_little + enough) // 2
         too_little, enough = (too_little, middle) if cost(middle) <= epsilon else (middle, enough)
+    while epsilon_spent((GaussianSteps(_noise_multiplier(enough), sampling_rate, steps),), delta=delta) > epsilon:
+        if enough >= top:
+            raise PrivacyError(f"the accountant cannot prove epsilon {epsilon:g} at delta {delta:g} over {steps} steps")
+        enough += 1
     return _noise_multiplier(enough)
 
 
@@ -161,5 +172,7 @@ def round_up(epsilon: float, digits: int = 3) -> float:
 
 
 def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
-        raise PrivacyError(f"delta {delta} is not in (0, 1)", hint="a common choice is 1e-5, below 1/records")
+    if not SMALLEST_DELTA <= delta < 1:
+        raise PrivacyError(
+            f"delta {delta} is not in [{SMALLEST_DELTA:g}, 1)", hint="a common choice is 1e-5, below 1/records"
+        )

@@ -6,7 +6,11 @@ Three things differ from Opacus's defaults, because they carry the proof:
   issues 571 and 819), which a neighbouring data set changes.
 - An example's loss is the mean over its own tokens, never over the batch's, so that its gradient does not depend on
   the other examples.
-- Noise and sampling come from a `NoiseSource`, by default AES-256-CTR under a key of the operating system.
+- Noise and sampling come from a `NoiseSource`, by default AES-256-CTR under a key of the operating system. Noise is
+  drawn, added and kept in double precision: cast to single, a sum of few float32 gradients plus noise would stand on a
+  grid that tells the data sets apart (Mironov 2012).
+- A gradient that is not finite counts as zero. Clipping cannot bound it, and no noise hides a NaN; weights that
+  overflow on one record would otherwise be a way to ask for it.
 """
 
 from __future__ import annotations
@@ -66,13 +70,13 @@ class DpSgdSettings:
 
 @dataclass(frozen=True, slots=True)
 class LocalUpdate:
-    """What local training moved: `vector` = weights after - weights before, float32 `[d]`.
+    """What local training moved: `vector` = the sum of the steps, float64 `[d]`.
 
     **Guarantees** With noise multiplier sigma > 0 the vector is the output of `steps` subsampled Gaussian
     mechanisms on the client's examples, add-or-remove-one, and post-processing of them.
     """
 
-    vector: npt.NDArray[np.float32]
+    vector: npt.NDArray[np.float64]
     steps: int
 
 
@@ -90,41 +94,28 @@ def train_locally(
     """
     _check(settings)
     before = small.adapter_vector()
-    parameters = small.trainable
-    optimizer = _NoiseSourceOptimizer(
-        torch.optim.SGD(parameters, lr=settings.learning_rate / settings.normaliser),
-        noise_multiplier=settings.noise_multiplier,
-        max_grad_norm=settings.clip_norm,
-        expected_batch_size=None,
-        loss_reduction="sum",
-        noise=noise,
-    )
+    moved = np.zeros(small.dimension)
+    clipper = _Clipper(small.trainable, clip_norm=settings.clip_norm)
     hooks = GradSampleHooks(small.model, loss_reduction="sum")
     # Opacus records activations in training mode only; without dropout the mode changes nothing else.
     small.model.train()
     try:
         for _ in range(settings.steps):
             chosen = np.flatnonzero(noise.bernoulli(len(examples), probability=settings.sampling_rate))
-            batches = list(_physical_batches([examples[int(index)] for index in chosen]))
-            for index, batch in enumerate(batches):
+            for batch in _physical_batches([examples[int(index)] for index in chosen]):
                 _backward(example_losses(small, batch).sum())
-                optimizer.signal_skip_step(do_skip=index + 1 < len(batches))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if not batches:
-                # Nobody was sampled: the step must still be taken, and looks like any other, noise and all.
-                for parameter in parameters:
-                    empty = torch.zeros(0, *parameter.shape, device=parameter.device)
-                    setattr(parameter, "grad_sample", empty)  # noqa: B010  (an attribute that Opacus adds)
-                optimizer.signal_skip_step(do_skip=False)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        after = small.adapter_vector()
+                clipper.clip_and_accumulate()
+            # Also where nobody was sampled: the step must look like any other, noise and all.
+            noised = clipper.take_sum() + noise.gaussian(
+                small.dimension, standard_deviation=settings.noise_multiplier * settings.clip_norm
+            )
+            moved -= settings.learning_rate / settings.normaliser * noised
+            small.load_adapter_vector((before + moved).astype(np.float32))
     finally:
         hooks.cleanup()
         small.model.eval()
         small.load_adapter_vector(before)
-    return LocalUpdate(vector=after - before, steps=settings.steps)
+    return LocalUpdate(vector=moved, steps=settings.steps)
 
 
 def example_losses(small: SmallLM, batch: Sequence[SmallExample]) -> torch.Tensor:
@@ -151,21 +142,40 @@ def _backward(loss: torch.Tensor) -> None:
         torch.autograd.backward(loss)
 
 
-class _NoiseSourceOptimizer(DPOptimizer):
-    """Opacus's optimizer with noise from a `NoiseSource` instead of a PyTorch generator."""
+class _Clipper(DPOptimizer):
+    """Opacus's per-example clipping and summing; the noise and the step are ours."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, noise: NoiseSource, **arguments: object) -> None:
-        super().__init__(optimizer, **arguments)
-        self._noise = noise
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], *, clip_norm: float) -> None:
+        super().__init__(
+            torch.optim.SGD(parameters, lr=1.0),
+            noise_multiplier=0.0,
+            max_grad_norm=clip_norm,
+            expected_batch_size=None,
+            loss_reduction="sum",
+        )
 
-    def add_noise(self) -> None:
-        standard_deviation = self.noise_multiplier * self.max_grad_norm
+    def clip_and_accumulate(self) -> None:
+        """Add the physical batch's clipped gradients to the sum, and forget the gradients."""
+        samples = self.grad_samples
+        finite = torch.stack([sample.flatten(1).isfinite().all(1) for sample in samples]).all(0)
+        # The norm too: finite entries can overflow when squared.
+        finite &= torch.stack([sample.flatten(1).norm(dim=1) for sample in samples]).norm(dim=0).isfinite()
+        for parameter, sample in zip(self.params, samples, strict=True):
+            shape = (-1, *[1] * (sample.dim() - 1))
+            parameter.grad_sample = torch.where(finite.view(shape), sample, 0.0)
+        super().clip_and_accumulate()
+        for parameter in self.params:
+            parameter.grad_sample = None
+            parameter.grad = None
+
+    def take_sum(self) -> npt.NDArray[np.float64]:
+        """The sum of clipped gradients since the last call, `[d]`; zero if there was no batch."""
+        parts = []
         for parameter in self.params:
             total = parameter.summed_grad
-            if standard_deviation > 0:
-                drawn = self._noise.gaussian(parameter.numel(), standard_deviation=standard_deviation)
-                total = total + torch.from_numpy(drawn).to(total).view_as(parameter)
-            parameter.grad = total.view_as(parameter)
+            parts.append(torch.zeros(parameter.numel()) if total is None else total.detach().reshape(-1).cpu())
+            parameter.summed_grad = None
+        return torch.cat(parts).double().numpy()
 
 
 def _physical_batches(examples: list[SmallExample]) -> Iterator[list[SmallExample]]:

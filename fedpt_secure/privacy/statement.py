@@ -54,7 +54,7 @@ class PrivacyStatement:
         if not self.private or self.epsilon is None:
             return "NOT PRIVATE: no differential privacy is promised."
         return (
-            f"epsilon <= {self.epsilon:g} at delta = {self.delta:g} for each {self.unit}; neighbouring: "
+            f"epsilon <= {self.epsilon} at delta = {self.delta} for each {self.unit}; neighbouring: "
             f"{self.neighbouring}; against {self.adversary}."
         )
 
@@ -102,7 +102,7 @@ def local_statement(
             "the client's own device, code and random generator are honest",
             "nobody learns which records a step sampled",
             "which clients take part, and the prepared sets' boundaries, are not secret",
-            "Gaussian noise in double precision stands for real numbers",
+            "noise drawn, added and kept in double precision stands for real numbers",
         ),
         not_covered=(
             "one person's records in several conversations together: k records cost about k times epsilon",

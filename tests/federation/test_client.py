@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpt_secure.config import RunConfig, build
 from fedpt_secure.crypto import Identity, Roster
-from fedpt_secure.errors import BudgetExceeded, PrivacyError, RoundError
+from fedpt_secure.errors import LedgerError, RoundError
 from fedpt_secure.federation import ClientTerms, ClientWorker
 from fedpt_secure.federation.announcement import Announcement
 from fedpt_secure.federation.local_engine import draw_dropouts, run_round
@@ -18,7 +18,7 @@ from fedpt_secure.federation.population import client_randomness, config_digest
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.lm.small import BaseLM, SmallLM
 from fedpt_secure.lm.token_map import TokenMap
-from fedpt_secure.privacy import Ledger, SmallExample
+from fedpt_secure.privacy import GaussianSteps, Ledger, SmallExample
 from fedpt_secure.progress import SILENT
 
 CONFIG = build(
@@ -63,7 +63,7 @@ def federation(tmp_path):
             terms=terms,
             identity=identities[client],
             roster=roster,
-            ledger=Ledger(tmp_path / str(index), epsilon=4.0, delta=1e-5),
+            ledger=Ledger.create(tmp_path / str(index), epsilon=4.0, delta=1e-5),
             randomness=client_randomness(CONFIG, client),
         )
         for index, client in enumerate(IDS)
@@ -155,6 +155,13 @@ def test_an_adapter_that_is_not_finite_is_refused(federation, small):
         workers[IDS[0]].announce(altered(server_for(roster, small).announcement, adapter=poisoned), small)
 
 
+def test_an_adapter_no_honest_server_would_send_is_refused(federation, small):
+    workers, roster = federation
+    huge = np.full(small.dimension, 1e5, dtype="<f4").tobytes()
+    with pytest.raises(RoundError, match="above 10000"):
+        workers[IDS[0]].announce(altered(server_for(roster, small).announcement, adapter=huge), small)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x00", b"\xff" * 40, b"\x93\x01\x02\x03"])
 def test_garbage_is_refused(federation, small, content):
     workers, _ = federation
@@ -187,32 +194,56 @@ def test_a_round_once_settled_is_never_trained_again(federation, small):
         server_for(roster, small, attempt=1), workers, small, dropouts={}, progress=SILENT
     )
     assert aggregate is None
-    assert all("already taken part" in reason for reason in transcript.dropped.values())
-    assert all(worker.history[0].steps == 1 for worker in workers.values())
+    assert all("already" in reason for reason in transcript.dropped.values())
+    assert all(len(worker.releases) == 1 for worker in workers.values())
 
 
 def test_a_client_over_its_budget_declines_before_training(federation, small, tmp_path, monkeypatch):
+    """Every client has spent nearly all of its epsilon elsewhere."""
     workers, roster = federation
-    monkeypatch.setattr(
-        Ledger, "check", lambda self, request: (_ for _ in ()).throw(BudgetExceeded("its budget is used up"))
-    )
+    for index in range(5):
+        book = Ledger(tmp_path / str(index), epsilon=4.0, delta=1e-5)
+        book.release("elsewhere", 0, GaussianSteps(1.1, 1.0, 1), np.zeros(1), noise_is_private=True)
     monkeypatch.setattr(
         "fedpt_secure.federation.client.train_locally", lambda *args, **kwargs: pytest.fail("trained all the same")
     )
     aggregate, transcript = run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
     assert aggregate is None
-    assert set(transcript.dropped.values()) == {"mask: its budget is used up"}
+    assert len(transcript.dropped) == 5
+    assert all("its budget is 4" in reason for reason in transcript.dropped.values())
 
 
-def test_a_client_without_a_usable_ledger_does_not_send(federation, small, tmp_path):
+def test_a_simulated_disk_failure_stops_the_run_instead_of_looking_like_a_dropout(federation, small, tmp_path):
     workers, roster = federation
-    path = tmp_path / "0" / "ledger.sqlite"
-    path.write_bytes(b"scrambled" * 1000)
-    with pytest.raises(PrivacyError, match="cannot be used"):
-        workers[IDS[0]].history  # noqa: B018
-    aggregate, transcript = run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
-    assert aggregate is not None
-    assert IDS[0] not in transcript.survivors
+    (tmp_path / "0" / "ledger.sqlite").write_bytes(b"scrambled" * 1000)
+    with pytest.raises(LedgerError, match="cannot be used"):
+        run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
+
+
+def test_an_opened_round_is_not_opened_again_over_other_survivors(federation, small):
+    """The difference of two sums over 5 and 4 survivors is one client's bare update; the second never comes to be."""
+    workers, roster = federation
+    first, _ = run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
+    assert first is not None
+    again = server_for(roster, small, attempt=1)
+    second, transcript = run_round(again, workers, small, dropouts={IDS[4]: "mask"}, progress=SILENT)
+    assert second is None
+    assert all("give single updates away" in reason for reason in transcript.dropped.values())
+
+
+def test_without_the_memory_of_rounds_the_difference_of_two_sums_is_one_clients_update(
+    federation, small, tmp_path, monkeypatch
+):
+    """The broken variant, which shows what the memory is for."""
+    workers, roster = federation
+    monkeypatch.setattr(Ledger, "begin_session", lambda *args: None)
+    monkeypatch.setattr(Ledger, "open_round", lambda *args: None)
+    first, _ = run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
+    again = server_for(roster, small, attempt=1)
+    second, _ = run_round(again, workers, small, dropouts={IDS[4]: "mask"}, progress=SILENT)
+    stolen = 5 * first.mean_update - 4 * second.mean_update
+    update = Ledger(tmp_path / "4", epsilon=4.0, delta=1e-5).pending(RUN_ID.hex(), 0)
+    assert np.abs(stolen - update).max() < 1e-6
 
 
 def test_dropouts_are_drawn_at_the_stated_rate_and_repeat_with_the_seed():

@@ -1,16 +1,21 @@
-"""`kill -9` at any moment: the run goes on, and its epsilon is that of an uninterrupted one."""
+"""`kill -9` at any moment: the run goes on, and its epsilon is that of an uninterrupted one.
+
+So is its adapter, bit for bit, unless clients had begun to open the sum of the round: then the round counts as lost,
+because a second sum over other survivors would give single updates away.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from fedpt_secure.config import RunConfig, build
 from fedpt_secure.data import Cache
-from fedpt_secure.errors import RunDirectoryError
+from fedpt_secure.errors import LedgerError, RunDirectoryError
 from fedpt_secure.federation import ClientWorker, RunDirectory, run_training
 from fedpt_secure.federation import run as run_module
 from fedpt_secure.federation.server import AggregationServer
@@ -34,6 +39,14 @@ MOMENTS = {
     "after the checkpoint, before clients forget": (RunDirectory, "save_checkpoint", 3, "after"),
     "while clients forget": (ClientWorker, "settle", 14, "before"),
     "before the evaluation": (run_module, "evaluate_arms", 1, "before"),
+}
+
+ROUND_LOST = {
+    "while shares are revealed",
+    "before the sum is computed",
+    "after the sum is computed",
+    "before the logs are written",
+    "between log and checkpoint",
 }
 
 
@@ -90,8 +103,9 @@ def test_a_killed_run_goes_on_to_the_same_epsilon_and_adapter(moment, tiny_setti
     assert result.statement.to_json() == expected.to_json()
     assert [line["round"] for line in directory.read_log("transcript")] == [0, 1, 2]
     assert [line["round"] for line in directory.read_log("metrics")] == [0, 1, 2]
-    assert not any(line["aborted"] for line in result.transcripts)
-    assert (directory.load_checkpoint().tensors["adapter"] == uninterrupted["adapter"]).all()
+    assert [bool(line["aborted"]) for line in result.transcripts] == [False, moment in ROUND_LOST, False]
+    same = (directory.load_checkpoint().tensors["adapter"] == uninterrupted["adapter"]).all()
+    assert same == (moment not in ROUND_LOST)
 
 
 def test_a_killed_private_run_sends_the_same_update_again_and_spends_once(tiny_config, tmp_path):
@@ -130,13 +144,53 @@ def test_a_killed_private_run_sends_the_same_update_again_and_spends_once(tiny_c
     assert result.statement.steps == 3
 
 
+@pytest.mark.parametrize("moment", ["after a masked update is sent", "before the evaluation"])
+@pytest.mark.parametrize("loss", ["all ledgers", "one ledger", "emptied"])
+def test_a_lost_ledger_is_an_error_and_never_a_smaller_epsilon(moment, loss, tiny_config, tmp_path):
+    process = multiprocessing.get_context("fork").Process(
+        target=_killed_run, args=(tiny_config, tmp_path / "run", tmp_path / "cache", moment)
+    )
+    process.start()
+    process.join(120)
+    ledgers = sorted((tmp_path / "run" / "clients").rglob("ledger.sqlite"))
+    for path in ledgers if loss == "all ledgers" else ledgers[:1]:
+        path.write_bytes(b"") if loss == "emptied" else path.unlink()
+    with pytest.raises(LedgerError):
+        run_training(tiny_config, RunDirectory.open(tmp_path / "run"), cache=Cache(tmp_path / "cache"), progress=SILENT)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_noise_from_a_seed_cannot_become_private_by_editing_the_configuration(tiny_settings, tmp_path):
+    config = build(RunConfig, {**tiny_settings, "insecure_deterministic": True})
+    directory = RunDirectory.create(tmp_path / "run", config)
+    run_training(config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    path = tmp_path / "run" / "config.toml"
+    path.write_text(path.read_text().replace("insecure_deterministic = true", "insecure_deterministic = false"))
+    edited = RunDirectory.open(tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match="insecure_deterministic: True != False"):
+        run_training(edited.config(), edited, cache=Cache(tmp_path / "cache"), progress=SILENT)
+
+
 def test_other_text_is_refused(tiny_settings, tmp_path):
     config = build(RunConfig, tiny_settings)
     directory = RunDirectory.create(tmp_path / "run", config)
     run_training(config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
-    other = build(RunConfig, {**tiny_settings, "seed": 4})
-    with pytest.raises(RunDirectoryError, match="another text"):
-        run_training(other, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    path = Path(tiny_settings["data"]["source"])
+    changed = tmp_path / path.name
+    changed.write_text(path.read_text().replace("pizza", "pasta"))
+    text = (tmp_path / "run" / "config.toml").read_text()
+    (tmp_path / "run" / "config.toml").write_text(text.replace(str(path), str(changed)))
+    edited = RunDirectory.open(tmp_path / "run").config()
+    with pytest.raises(RunDirectoryError, match=r"data\.source"):
+        run_training(edited, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    (tmp_path / "run" / "config.toml").write_text(text)
+    original = path.read_text()
+    try:
+        path.write_text(changed.read_text())
+        with pytest.raises(RunDirectoryError, match="another text"):
+            run_training(config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    finally:
+        path.write_text(original)
 
 
 def test_a_finished_run_resumes_to_the_same_result_without_training(tiny_config, tmp_path, monkeypatch):

@@ -186,6 +186,27 @@ def test_the_same_data_gives_fresh_noise_every_time():
     assert (first != train_locally(small, data, noisy, noise=SecureRandom()).vector).any()
 
 
+@pytest.mark.parametrize("size", [1e10, 1e20, 1e37])
+def test_weights_that_overflow_on_a_record_reveal_nothing_about_it(size):
+    """An adversary's adapter may make gradients infinite or NaN; they count as zero and the sum stays bounded."""
+    small, data, chosen = small_lm(), examples(6), settings()
+    small.load_adapter_vector(np.where(np.arange(small.dimension) % 2, size, -size).astype(np.float32))
+    unit = chosen.learning_rate / chosen.normaliser
+    whole = train_locally(small, data, chosen, noise=SecureRandom()).vector
+    assert np.isfinite(whole).all()
+    for index in range(len(data)):
+        less = train_locally(small, data[:index] + data[index + 1 :], chosen, noise=SecureRandom()).vector
+        assert np.linalg.norm(whole - less) <= chosen.clip_norm * unit * (1 + 1e-4)
+
+
+def test_the_update_keeps_the_noise_in_double_precision():
+    """The broken variant would leave every entry on the grid of single precision, which tells data sets apart."""
+    small = small_lm()
+    vector = train_locally(small, examples(3), settings(noise_multiplier=1.0), noise=SecureRandom()).vector
+    assert vector.dtype == np.float64
+    assert (vector.astype(np.float32) != vector).mean() > 0.99
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -10,15 +10,22 @@ import stat
 import numpy as np
 import pytest
 
-from fedpt_secure.errors import BudgetExceeded, PrivacyError
+from fedpt_secure.errors import AlreadyReleased, BudgetExceeded, LedgerError
 from fedpt_secure.privacy import GaussianSteps, Ledger, epsilon_spent
 
 STEP = GaussianSteps(2.0, 1.0, 1)
-UPDATE = np.arange(5, dtype=np.float32)
+UPDATE = np.arange(5) / 3
+
+
+class Book(Ledger):
+    """A ledger whose releases carry secret noise unless a test says otherwise."""
+
+    def release(self, *arguments, noise_is_private=True):
+        super().release(*arguments, noise_is_private=noise_is_private)
 
 
 def ledger(directory, epsilon=4.0):
-    return Ledger(directory, epsilon=epsilon, delta=1e-5)
+    return Book.create(directory, epsilon=epsilon, delta=1e-5)
 
 
 def test_a_release_is_counted_and_survives_reopening(tmp_path):
@@ -36,7 +43,7 @@ def test_an_interrupted_round_gets_the_same_update_back(tmp_path):
 def test_a_second_release_for_one_round_is_refused(tmp_path):
     book = ledger(tmp_path)
     book.release("run", 0, STEP, UPDATE)
-    with pytest.raises(PrivacyError, match="already has a release"):
+    with pytest.raises(AlreadyReleased, match="already has a release"):
         book.release("run", 0, STEP, UPDATE + 1)
     assert book.history() == (STEP,)
     assert book.pending("run", 0).tobytes() == UPDATE.tobytes()
@@ -47,7 +54,7 @@ def test_a_settled_round_keeps_its_count_and_gives_no_update(tmp_path):
     book.release("run", 0, STEP, UPDATE)
     book.release("run", 1, STEP, UPDATE)
     book.settle("run", rounds_done=1)
-    with pytest.raises(PrivacyError, match="already taken part"):
+    with pytest.raises(AlreadyReleased, match="already taken part"):
         book.pending("run", 0)
     assert book.pending("run", 1) is not None
     assert book.history() == (GaussianSteps(2.0, 1.0, 2),)
@@ -55,7 +62,7 @@ def test_a_settled_round_keeps_its_count_and_gives_no_update(tmp_path):
 
 def test_a_settled_update_is_gone_from_the_disk(tmp_path):
     book = ledger(tmp_path)
-    secret = np.frombuffer(os.urandom(400), dtype=np.float32).copy()
+    secret = np.frombuffer(os.urandom(800), dtype=np.float64).copy()
     book.release("run", 0, STEP, secret)
     assert secret.tobytes() in (tmp_path / "ledger.sqlite").read_bytes()
     book.settle("run", rounds_done=1)
@@ -92,10 +99,44 @@ def test_only_the_owner_may_read_it(tmp_path):
     assert stat.S_IMODE((tmp_path / "own" / "ledger.sqlite").stat().st_mode) == 0o600
 
 
-def test_a_damaged_ledger_stops_the_client(tmp_path):
-    (tmp_path / "ledger.sqlite").write_bytes(b"not a database" * 100)
-    with pytest.raises(PrivacyError, match="cannot be used"):
+def test_a_missing_ledger_is_an_error_and_never_replaced_by_an_empty_one(tmp_path):
+    ledger(tmp_path).release("run", 0, STEP, UPDATE)
+    (tmp_path / "ledger.sqlite").unlink()
+    with pytest.raises(LedgerError, match="cannot be used"):
+        Ledger(tmp_path, epsilon=4.0, delta=1e-5)
+    assert not (tmp_path / "ledger.sqlite").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database" * 100])
+def test_an_emptied_or_damaged_ledger_is_an_error(tmp_path, content):
+    ledger(tmp_path).release("run", 0, STEP, UPDATE)
+    (tmp_path / "ledger.sqlite").write_bytes(content)
+    with pytest.raises(LedgerError):
+        Ledger(tmp_path, epsilon=4.0, delta=1e-5)
+    with pytest.raises(LedgerError):
         ledger(tmp_path)
+
+
+def test_each_release_remembers_whether_its_noise_was_secret(tmp_path):
+    book = ledger(tmp_path)
+    book.release("run", 0, STEP, UPDATE)
+    book.release("run", 1, STEP, UPDATE, noise_is_private=False)
+    book.release("other", 0, STEP, UPDATE)
+    assert [(row.round_index, row.noise_is_private) for row in book.releases("run")] == [(0, True), (1, False)]
+
+
+def test_a_round_is_opened_once_and_then_no_other_attempt_is_joined(tmp_path):
+    book = ledger(tmp_path)
+    book.begin_session("run", 0, 0)
+    book.begin_session("run", 0, 1)
+    with pytest.raises(AlreadyReleased, match="joined before"):
+        book.begin_session("run", 0, 1)
+    book.open_round("run", 0)
+    with pytest.raises(AlreadyReleased, match="give single updates away"):
+        ledger(tmp_path).begin_session("run", 0, 2)
+    with pytest.raises(AlreadyReleased, match="give single updates away"):
+        ledger(tmp_path).open_round("run", 0)
+    book.begin_session("run", 1, 2)
 
 
 def _spend_and_die(directory):
