@@ -199,7 +199,7 @@ class TrainingConfig(Settings):
 class ProxyConfig(Settings):
     """How the tuned small LM steers the black box, and FedPT's distillation between rounds."""
 
-    alpha: Alpha = 0.5
+    alpha: Alpha = 0.75
     """Weight of the small LM's shift; the default was chosen on public text only (docs/LOG.md)."""
     distill_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of distillation on public text after each round; 0 switches it off."""
