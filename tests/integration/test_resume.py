@@ -199,4 +199,4 @@ def test_a_finished_run_resumes_to_the_same_result_without_training(tiny_config,
     monkeypatch.setattr(ClientWorker, "announce", lambda *args: pytest.fail("trained again"))
     second = run_training(tiny_config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
     assert first.statement == second.statement
-    assert (first.evaluation.proxy_tuned[0.5] == second.evaluation.proxy_tuned[0.5]).all()
+    assert (first.evaluation.proxy_tuned[0.75] == second.evaluation.proxy_tuned[0.75]).all()
