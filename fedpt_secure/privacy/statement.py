@@ -92,7 +92,7 @@ def local_statement(
         mechanism=(
             f"DP-SGD at each client: per-record gradients clipped to {clip_norm:g}, Gaussian noise of standard "
             f"deviation {multiplier:.4g} x {clip_norm:g} added by the client, each record in a step with "
-            f"probability {rate:g} (Poisson), {steps} steps at most; sums divided by a public constant"
+            f"probability {rate:g} (Poisson), at most {steps} steps per client; sums divided by a public constant"
         ),
         accountant=ACCOUNTANT,
         noise_multiplier=multiplier,
@@ -100,7 +100,7 @@ def local_statement(
         steps=steps,
         assumptions=(
             "the client's own device, code and random generator are honest",
-            "nobody learns which records a step sampled",
+            *(("nobody learns which records a step sampled",) if rate < 1 else ()),
             "which clients take part, and the prepared sets' boundaries, are not secret",
             "noise drawn, added and kept in double precision stands for real numbers",
         ),
