@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 ARMS = {
-    "large_base": "large LM alone (black box)",
+    "large_base": "large LM alone",
     "small_base": "small LM, pretrained",
     "small_tuned": "small LM, tuned",
     "proxy_tuned": "large LM, proxy-tuned",
