@@ -20,13 +20,9 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """The result of a run: utility, cost, privacy."""
     evaluation, improvement = summary["evaluation"], summary["improvement"]
     table = Table(title=f"Held-out text: {evaluation['records']:,} records, {evaluation['tokens']:,} tokens")
-    for heading, justify in (
-        ("model", "left"),
-        ("loss, nats/token", "right"),
-        ("95 % interval", "right"),
-        ("perplexity", "right"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table.add_column("model")
+    for heading in ("loss, nats/token", "95 % interval", "perplexity"):
+        table.add_column(heading, justify="right")
     for name, label in ARMS.items():
         arm = summary["arms"][name]
         style = "bold" if name == "proxy_tuned" else ""

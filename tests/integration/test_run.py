@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from fedpt_secure.config import RunConfig, build
 from fedpt_secure.crypto import FixedPointEncoding
 from fedpt_secure.data import Cache
-from fedpt_secure.errors import ConfigError, PrivacyError, RoundError
+from fedpt_secure.errors import ConfigError, ModelError, PrivacyError, RoundError
 from fedpt_secure.federation import RunDirectory, run_training
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.privacy import Ledger
@@ -114,6 +115,26 @@ def test_what_cannot_be_promised_is_refused_before_training(tiny_settings, tmp_p
     with pytest.raises(PrivacyError, match="not below 1/"):
         run_training(config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
     assert not (directory.path / "clients").exists()
+
+
+def test_records_longer_than_a_model_can_hold_are_refused_before_training(tiny_settings, tmp_path):
+    config = changed(tiny_settings, models={"context_length": 65})
+    directory = RunDirectory.create(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match="has 64 positions"):
+        run_training(config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    assert not (directory.path / "clients").exists()
+
+
+def test_a_small_lm_whose_gradients_depend_on_the_batch_is_refused(tiny_settings, tiny_models, tmp_path):
+    """Dynamic rotary embeddings change with the longest text beside a record; no sensitivity bound would hold."""
+    dynamic = tmp_path / "dynamic"
+    shutil.copytree(tiny_models["small"], dynamic)
+    content = json.loads((dynamic / "config.json").read_text())
+    content["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (dynamic / "config.json").write_text(json.dumps(content))
+    config = changed(tiny_settings, models={"small": str(dynamic)})
+    with pytest.raises(ModelError, match="dynamic rotary embedding"):
+        run(config, tmp_path / "run", tmp_path / "cache")
 
 
 def test_a_cohort_larger_than_the_population_is_refused(tiny_settings, tmp_path):
