@@ -1,0 +1,293 @@
+"""Take the checks of `crypto/` out one at a time and see whether the tests notice.
+
+    python tools/mutate_crypto.py                     # all modules, about half an hour on one core
+    python tools/mutate_crypto.py client directory    # some
+    python tools/mutate_crypto.py --list policy       # what would be changed, without running anything
+
+Each mutant is one small change of one file, in a copy of the package:
+
+    check       `if condition:` that raises, or notes a problem, never does
+    boundary    a comparison in such a condition takes or leaves the equal case
+    row         a row of a table of checks is gone
+    handler     an exception that was turned into a typed error is swallowed
+    call        a call that checks, wipes, records or forgets is gone
+    part        one part is missing from what is hashed, derived or signed
+
+A mutant is killed if a test of `tests/crypto` fails. The exit status is 1 if one survives that is not in `EQUIVALENT`,
+which lists changes that alter no behaviour, each with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = (
+    "client",
+    "server",
+    "identities",
+    "directory",
+    "policy",
+    "recovery",
+    "key_agreement",
+    "sealing",
+    "context",
+    "messages",
+    "masks",
+    "neighbours",
+    "parameters",
+    "prg",
+    "shamir",
+    "encoding",
+    "packing",
+    "labels",
+    "wiping",
+)
+SECONDS_A_MUTANT = 150
+
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+"""(module, kind, source of what is changed) -> why no test can tell the mutant from the original."""
+
+_CHECKING_CALL = re.compile(
+    r"^_?(check|require|verify|wipe|erase|discard|abort|begin|release|clear|add|update|reduce)(_|$)"
+)
+_SWAPPED = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
+_SYMBOLS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: characters `start` to `stop` of a module become `replacement`."""
+
+    module: str
+    kind: str
+    line: int
+    original: str
+    replacement: str
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.module, self.kind, " ".join(self.original.split())
+
+    def __str__(self) -> str:
+        original = " ".join(self.original.split())
+        return f"{self.module}.py:{self.line} {self.kind}: {original[:90]!r} -> {self.replacement!r}"
+
+
+class _Source:
+    """A module's text, with the character offsets of its syntax tree's nodes."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.text = (ROOT / "crypto" / f"{module}.py").read_text()
+        self.tree = ast.parse(self.text)
+        self._lines = self.text.splitlines(keepends=True)
+        self._starts = [0]
+        for line in self._lines:
+            self._starts.append(self._starts[-1] + len(line))
+
+    def offset(self, line: int, column: int) -> int:
+        # Columns of `ast` count UTF-8 bytes.
+        return self._starts[line - 1] + len(self._lines[line - 1].encode()[:column].decode())
+
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        return self.offset(node.lineno, node.col_offset), self.offset(node.end_lineno, node.end_col_offset)
+
+    def mutant(self, kind: str, node: ast.AST, replacement: str, *, span: tuple[int, int] | None = None) -> Mutant:
+        start, stop = span or self.span(node)
+        return Mutant(self.module, kind, node.lineno, self.text[start:stop], replacement, start, stop)
+
+
+def mutants_of(module: str) -> Iterator[Mutant]:
+    """Every mutant of one module, in the order of the source."""
+    source = _Source(module)
+    found = [mutant for node in ast.walk(source.tree) for mutant in _mutants_at(source, node)]
+    yield from sorted(set(found), key=lambda mutant: (mutant.start, mutant.stop, mutant.kind, mutant.replacement))
+
+
+def _mutants_at(source: _Source, node: ast.AST) -> Iterator[Mutant]:
+    match node:
+        case ast.If() if _objects(node.body):
+            yield source.mutant("check", node.test, "False")
+            yield from _boundaries(source, node.test)
+        case ast.For() | ast.comprehension() if isinstance(node.iter, ast.Tuple):
+            yield from _without_each_row(source, node.iter)
+        case ast.ListComp() | ast.GeneratorExp() if node.generators[-1].ifs:
+            for condition in node.generators[-1].ifs:
+                yield from _boundaries(source, condition)
+        case ast.ExceptHandler() if isinstance(node.body[-1], ast.Raise):
+            yield source.mutant("handler", node.body[-1], "pass")
+        case ast.Expr(value=ast.Call(func=function)) if _CHECKING_CALL.match(_name(function)):
+            yield source.mutant("call", node, "pass")
+        case ast.Assign(targets=[ast.Name(id="parts")], value=ast.Tuple() as parts):
+            yield from _without_each_row(source, parts, kind="part")
+        case ast.Call(func=ast.Name(id="digest"), args=[_, ast.Tuple() as parts]):
+            yield from _without_each_row(source, parts, kind="part")
+
+
+def _objects(body: list[ast.stmt]) -> bool:
+    """Whether a branch ends in an error, or adds to a list of problems."""
+    match body[-1]:
+        case ast.Raise() | ast.Expr(value=ast.Yield()):
+            return True
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="problems"), attr="append"))):
+            return True
+    return False
+
+
+def _boundaries(source: _Source, condition: ast.expr) -> Iterator[Mutant]:
+    for node in ast.walk(condition):
+        if not isinstance(node, ast.Compare):
+            continue
+        operands = [node.left, *node.comparators]
+        for position, operator in enumerate(node.ops):
+            if type(operator) not in _SWAPPED:
+                continue
+            start, stop = source.span(operands[position])[1], source.span(operands[position + 1])[0]
+            symbol = _SYMBOLS[type(operator)]
+            at = source.text.index(symbol, start, stop)
+            yield Mutant(
+                source.module,
+                "boundary",
+                node.lineno,
+                source.text[source.span(node)[0] : source.span(node)[1]],
+                _SWAPPED[type(operator)],
+                at,
+                at + len(symbol),
+            )
+
+
+def _without_each_row(source: _Source, table: ast.Tuple, *, kind: str = "row") -> Iterator[Mutant]:
+    if kind == "row" and not all(isinstance(row, ast.Tuple) for row in table.elts):
+        return
+    for row in table.elts:
+        start, stop = source.span(row)
+        comma = re.compile(r"\s*,").match(source.text, stop)
+        # Without its comma a last element leaves `(a, )`, which is still a tuple; a single one leaves `()`.
+        yield source.mutant(kind, row, "", span=(start, comma.end() if comma else stop))
+
+
+def _name(function: ast.expr) -> str:
+    match function:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name
+    return ""
+
+
+def _copy_of_the_package(folder: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.egg-info")
+    for name in ("fedpt_secure", "crypto", "tests/crypto", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored, symlinks=True)
+    for name in ("pyproject.toml", "SECURITY.md"):
+        shutil.copy(ROOT / name, folder / name)
+    vectors = ROOT / "tests" / "vectors"
+    if vectors.exists():
+        shutil.copytree(vectors, folder / "tests" / "vectors")
+    tools = folder / "tools"
+    tools.mkdir()
+    shutil.copy(Path(__file__), tools / Path(__file__).name)
+
+
+def _test_files(folder: Path, module: str) -> list[str]:
+    """All tests of the package, those most likely to notice first."""
+    first = [f"test_{module}.py", "test_policy.py", "test_messages.py", "test_adversarial_server.py", "test_round.py"]
+    names = sorted(path.name for path in (folder / "tests" / "crypto").glob("test_*.py"))
+    ordered = [name for name in first if name in names] + [name for name in names if name not in first]
+    return [f"tests/crypto/{name}" for name in dict.fromkeys(ordered)]
+
+
+def _passes(folder: Path, module: str) -> bool:
+    """Whether all tests pass; a hang counts as a failure, since somebody would notice."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *_test_files(folder, module)]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS_A_MUTANT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def survives(mutant: Mutant, folder: Path) -> bool:
+    """Apply a mutant in a copy of the package, run the tests, and take it back."""
+    path = folder / "crypto" / f"{mutant.module}.py"
+    text = path.read_text()
+    path.write_text(text[: mutant.start] + mutant.replacement + text[mutant.stop :])
+    try:
+        return _passes(folder, mutant.module)
+    finally:
+        path.write_text(text)
+
+
+def _run(mutants: list[Mutant], jobs: int) -> list[Mutant]:
+    survivors = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folders: Queue[Path] = Queue()
+        for number in range(jobs):
+            folder = Path(scratch) / str(number)
+            folder.mkdir()
+            _copy_of_the_package(folder)
+            folders.put(folder)
+        if not _passes(folder, mutants[0].module):
+            raise SystemExit("error: the tests fail without any change")
+
+        def tried(mutant: Mutant) -> bool:
+            folder = folders.get()
+            try:
+                return survives(mutant, folder)
+            finally:
+                folders.put(folder)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            for mutant, alive in zip(mutants, pool.map(tried, mutants), strict=True):
+                if alive:
+                    survivors.append(mutant)
+                    print(f"SURVIVED {mutant}", flush=True)
+    return survivors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("modules", nargs="*", help=f"of {', '.join(MODULES)}; all by default")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    parser.add_argument("--json", type=Path, help="write the survivors and the counts to a file")
+    arguments = parser.parse_args()
+    chosen = arguments.modules or MODULES
+    unknown = set(chosen) - set(MODULES)
+    if unknown:
+        parser.error(f"no such module: {', '.join(sorted(unknown))}")
+    mutants = [mutant for module in chosen for mutant in mutants_of(module)]
+    if arguments.list:
+        print(*mutants, sep="\n")
+        return 0
+    started = time.monotonic()
+    survivors = _run(mutants, arguments.jobs)
+    missed = [mutant for mutant in survivors if mutant.key not in EQUIVALENT]
+    score = f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed"
+    print(f"{score}, {len(survivors) - len(missed)} equivalent, {len(missed)} missed; {time.monotonic() - started:.0f} s")
+    if arguments.json:
+        report = {"mutants": len(mutants), "survivors": [asdict(mutant) for mutant in survivors]}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
