@@ -4,7 +4,7 @@
     python tools/mutate_crypto.py client directory    # some
     python tools/mutate_crypto.py --list policy       # what would be changed, without running anything
 
-Each mutant is one small change of one file, in a copy of the package:
+Each mutant is one small change of one file, in a copy of what is committed:
 
     check       `if condition:` that raises, or notes a problem, never does
     boundary    a comparison in such a condition takes or leaves the equal case
@@ -24,9 +24,9 @@ import ast
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -57,6 +57,9 @@ MODULES = (
     "labels",
     "wiping",
 )
+UNRELATED = ("test_ckks", "test_fuzz", "test_identity_files", "test_key_files", "test_passphrases")
+"""Tests of modules that are not mutated here; they only cost time."""
+
 SECONDS_A_MUTANT = 150
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
@@ -93,9 +96,9 @@ class Mutant:
 class _Source:
     """A module's text, with the character offsets of its syntax tree's nodes."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, folder: Path, module: str) -> None:
         self.module = module
-        self.text = (ROOT / "crypto" / f"{module}.py").read_text()
+        self.text = (folder / "crypto" / f"{module}.py").read_text()
         self.tree = ast.parse(self.text)
         self._lines = self.text.splitlines(keepends=True)
         self._starts = [0]
@@ -114,9 +117,9 @@ class _Source:
         return Mutant(self.module, kind, node.lineno, self.text[start:stop], replacement, start, stop)
 
 
-def mutants_of(module: str) -> Iterator[Mutant]:
-    """Every mutant of one module, in the order of the source."""
-    source = _Source(module)
+def mutants_of(folder: Path, module: str) -> Iterator[Mutant]:
+    """Every mutant of one module of the package in `folder`, in the order of the source."""
+    source = _Source(folder, module)
     found = [mutant for node in ast.walk(source.tree) for mutant in _mutants_at(source, node)]
     yield from sorted(set(found), key=lambda mutant: (mutant.start, mutant.stop, mutant.kind, mutant.replacement))
 
@@ -191,28 +194,34 @@ def _name(function: ast.expr) -> str:
 
 
 def _copy_of_the_package(folder: Path) -> None:
-    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.egg-info")
-    for name in ("fedpt_secure", "crypto", "tests/crypto", "docs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored, symlinks=True)
-    for name in ("pyproject.toml", "SECURITY.md"):
-        shutil.copy(ROOT / name, folder / name)
-    vectors = ROOT / "tests" / "vectors"
-    if vectors.exists():
-        shutil.copytree(vectors, folder / "tests" / "vectors")
-    tools = folder / "tools"
-    tools.mkdir()
-    shutil.copy(Path(__file__), tools / Path(__file__).name)
+    """What the last commit holds, so that half-done work in the tree does not matter."""
+    paths = (
+        "fedpt_secure",
+        "crypto",
+        "tests/crypto",
+        "tests/vectors",
+        "docs",
+        "tools",
+        "SECURITY.md",
+        "pyproject.toml",
+    )
+    archive = folder / "package.tar"
+    subprocess.run(["git", "archive", "--output", archive, "HEAD", *paths], cwd=ROOT, check=True)
+    with tarfile.open(archive) as contents:
+        contents.extractall(folder, filter="tar")
+    archive.unlink()
 
 
 def _test_files(folder: Path, module: str) -> list[str]:
     """All tests of the package, those most likely to notice first."""
     first = [f"test_{module}.py", "test_policy.py", "test_messages.py", "test_adversarial_server.py", "test_round.py"]
     names = sorted(path.name for path in (folder / "tests" / "crypto").glob("test_*.py"))
+    names = [name for name in names if not name.startswith(UNRELATED)]
     ordered = [name for name in first if name in names] + [name for name in names if name not in first]
     return [f"tests/crypto/{name}" for name in dict.fromkeys(ordered)]
 
 
-def _passes(folder: Path, module: str) -> bool:
+def _passes(folder: Path, module: str, *, show: bool = False) -> bool:
     """Whether all tests pass; a hang counts as a failure, since somebody would notice."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *_test_files(folder, module)]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
@@ -222,6 +231,8 @@ def _passes(folder: Path, module: str) -> bool:
         )
     except subprocess.TimeoutExpired:
         return False
+    if show and done.returncode:
+        print(done.stdout.decode(errors="replace")[-4000:], done.stderr.decode(errors="replace")[-2000:])
     return done.returncode == 0
 
 
@@ -236,30 +247,26 @@ def survives(mutant: Mutant, folder: Path) -> bool:
         path.write_text(text)
 
 
-def _run(mutants: list[Mutant], jobs: int) -> list[Mutant]:
+def _run(mutants: list[Mutant], folders: list[Path]) -> list[Mutant]:
+    if mutants and not _passes(folders[0], mutants[0].module, show=True):
+        raise SystemExit("error: the tests fail without any change")
+    free: Queue[Path] = Queue()
+    for folder in folders:
+        free.put(folder)
+
+    def tried(mutant: Mutant) -> bool:
+        folder = free.get()
+        try:
+            return survives(mutant, folder)
+        finally:
+            free.put(folder)
+
     survivors = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folders: Queue[Path] = Queue()
-        for number in range(jobs):
-            folder = Path(scratch) / str(number)
-            folder.mkdir()
-            _copy_of_the_package(folder)
-            folders.put(folder)
-        if not _passes(folder, mutants[0].module):
-            raise SystemExit("error: the tests fail without any change")
-
-        def tried(mutant: Mutant) -> bool:
-            folder = folders.get()
-            try:
-                return survives(mutant, folder)
-            finally:
-                folders.put(folder)
-
-        with ThreadPoolExecutor(jobs) as pool:
-            for mutant, alive in zip(mutants, pool.map(tried, mutants), strict=True):
-                if alive:
-                    survivors.append(mutant)
-                    print(f"SURVIVED {mutant}", flush=True)
+    with ThreadPoolExecutor(len(folders)) as pool:
+        for mutant, alive in zip(mutants, pool.map(tried, mutants), strict=True):
+            if alive:
+                survivors.append(mutant)
+                print(f"SURVIVED {mutant}", flush=True)
     return survivors
 
 
@@ -274,15 +281,22 @@ def main() -> int:
     unknown = set(chosen) - set(MODULES)
     if unknown:
         parser.error(f"no such module: {', '.join(sorted(unknown))}")
-    mutants = [mutant for module in chosen for mutant in mutants_of(module)]
-    if arguments.list:
-        print(*mutants, sep="\n")
-        return 0
     started = time.monotonic()
-    survivors = _run(mutants, arguments.jobs)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / str(number) for number in range(arguments.jobs)]
+        for folder in folders:
+            folder.mkdir()
+            _copy_of_the_package(folder)
+        mutants = [mutant for module in chosen for mutant in mutants_of(folders[0], module)]
+        if arguments.list:
+            print(*mutants, sep="\n")
+            return 0
+        survivors = _run(mutants, folders)
     missed = [mutant for mutant in survivors if mutant.key not in EQUIVALENT]
     score = f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed"
-    print(f"{score}, {len(survivors) - len(missed)} equivalent, {len(missed)} missed; {time.monotonic() - started:.0f} s")
+    print(
+        f"{score}, {len(survivors) - len(missed)} equivalent, {len(missed)} missed; {time.monotonic() - started:.0f} s"
+    )
     if arguments.json:
         report = {"mutants": len(mutants), "survivors": [asdict(mutant) for mutant in survivors]}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
