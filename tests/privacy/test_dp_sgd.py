@@ -12,7 +12,7 @@ from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import PrivacyError
 from fedpt_secure.lm.small import BaseLM, SmallLM
 from fedpt_secure.lm.token_map import TokenMap
-from fedpt_secure.privacy import DpSgdSettings, SecureRandom, SmallExample, dp_sgd, example_losses, train_locally
+from fedpt_secure.privacy import DpSgdSettings, SecureRandom, SmallExample, example_losses, train_locally
 
 VOCABULARY = 64
 
@@ -74,13 +74,6 @@ def test_a_noiseless_step_equals_a_loop_over_clipped_gradients(clip_norm):
     small, data, chosen = small_lm(), examples(40), settings(clip_norm=clip_norm)
     update = train_locally(small, data, chosen, noise=SecureRandom())
     assert np.allclose(update.vector, naive_update(small, data, chosen), rtol=1e-4, atol=1e-6)
-
-
-def test_the_size_of_physical_batches_changes_nothing(monkeypatch):
-    small, data, chosen = small_lm(), examples(23), settings()
-    whole = train_locally(small, data, chosen, noise=SecureRandom()).vector
-    monkeypatch.setattr(dp_sgd, "PHYSICAL_BATCH", 4)
-    assert np.allclose(train_locally(small, data, chosen, noise=SecureRandom()).vector, whole, atol=1e-6)
 
 
 def test_one_record_moves_the_sum_by_at_most_the_clip_norm():
