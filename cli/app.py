@@ -10,6 +10,7 @@ import typer
 from fedpt_secure import __version__
 from fedpt_secure.cli.fetch import fetch
 from fedpt_secure.cli.generate import generate
+from fedpt_secure.cli.keys import keys
 from fedpt_secure.cli.train import train
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(generate)
 app.command()(fetch)
+app.add_typer(keys)
 
 
 def _show_version(value: bool) -> None:

@@ -5,7 +5,8 @@
 2  a setting is not acceptable  8  the run directory is missing, damaged or of other settings
 3  an audit found a violation   9  the large model's API misbehaved
 4  data cannot be used          10 the disk is full or a file cannot be written
-5  a model cannot be used       130 interrupted
+5  a model cannot be used       11 an identity or a roster is refused
+                                130 interrupted
 """
 
 from __future__ import annotations

@@ -36,6 +36,15 @@ from fedpt_secure.crypto.errors import (
     WrongSession,
 )
 from fedpt_secure.crypto.identities import Identity, Roster
+from fedpt_secure.crypto.identity_files import (
+    NewIdentity,
+    OwnIdentity,
+    PublicIdentity,
+    StoredIdentity,
+    create_identity,
+    load_identity,
+    roster_of,
+)
 from fedpt_secure.crypto.labels import PROTOCOL_VERSION, SUITE
 from fedpt_secure.crypto.packing import ring_dtype
 from fedpt_secure.crypto.parameters import SecureAggregationParameters, secure_aggregation_parameters
@@ -62,11 +71,14 @@ __all__ = [
     "MalformedMessage",
     "MemoryRoundRegister",
     "MessageError",
+    "NewIdentity",
+    "OwnIdentity",
     "OwnKeysMissing",
     "ParameterError",
     "PolicyViolation",
     "ProtocolAbort",
     "ProtocolStateError",
+    "PublicIdentity",
     "RandomBytes",
     "ReconstructionFailed",
     "RingVector",
@@ -80,12 +92,16 @@ __all__ = [
     "ServerState",
     "ShareRejected",
     "SignatureInvalid",
+    "StoredIdentity",
     "SurvivorsRejected",
     "TranscriptMismatch",
     "UnknownSender",
     "UnsafePublicKey",
     "WrongSession",
+    "create_identity",
     "default_threshold",
+    "load_identity",
     "ring_dtype",
+    "roster_of",
     "secure_aggregation_parameters",
 ]

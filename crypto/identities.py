@@ -7,16 +7,16 @@ client nor swap one's keys.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 from nacl.bindings import crypto_core_ed25519_is_valid_point
 from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 
+from fedpt_secure.crypto import strict_files
 from fedpt_secure.crypto.errors import ParameterError, SignatureInvalid
 from fedpt_secure.crypto.labels import Label, digest
 from fedpt_secure.crypto.randomness import SYSTEM_RANDOM, RandomBytes
@@ -26,9 +26,7 @@ LARGEST_ROSTER: Final = 1 << 16
 SIGNATURE_BYTES: Final = 64
 VERIFY_KEY_BYTES: Final = 32
 
-_IDENTITY_FORMAT: Final = "fedpt-secure identity v1"
 _ROSTER_FORMAT: Final = "fedpt-secure roster v1"
-_LARGEST_IDENTITY_FILE: Final = 4096
 _LARGEST_ROSTER_FILE: Final = 64 << 20
 
 
@@ -73,27 +71,6 @@ class Identity:
         """The Ed25519 signature (RFC 8032) of `message`, 64 bytes."""
         return self._signing_key.sign(message).signature
 
-    def save(self, path: Path) -> None:
-        """Write the secret key to a new file that only its owner may read; an existing file is never replaced."""
-        content = _IdentityFile(
-            format=_IDENTITY_FORMAT, seed=bytes(self._signing_key).hex(), verify_key=self.verify_key_bytes.hex()
-        )
-        _write_new(path, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n", mode=0o600)
-
-    @classmethod
-    def load(cls, path: Path) -> Identity:
-        """The identity in a file that `save` wrote.
-
-        Raises:
-            ParameterError: the file is no identity file, or its two keys do not belong together.
-            OSError: the file cannot be read.
-        """
-        content = _decode_json(_read(path, _LARGEST_IDENTITY_FILE), _IdentityFile, _IDENTITY_FORMAT)
-        identity = cls(_from_hex(content.seed, "seed"))
-        if identity.verify_key_bytes != _from_hex(content.verify_key, "verify_key"):
-            raise ParameterError(f"{path}: the public key does not belong to the secret one; the file is damaged")
-        return identity
-
     def __repr__(self) -> str:
         return f"Identity(verify_key={self.verify_key_bytes.hex()})"
 
@@ -126,6 +103,34 @@ class Roster(Mapping[str, bytes]):
         """32 bytes that stand for the whole roster; part of every session."""
         return self._digest
 
+    @property
+    def spoken_digest(self) -> str:
+        """`digest` for people to compare over the telephone: four lines of four groups of four hexadecimal digits.
+
+        All of it has to be compared: whoever makes the roster can search for two that agree in part.
+        """
+        text = self._digest.hex()
+        groups = [text[start : start + 4] for start in range(0, len(text), 4)]
+        return "\n".join(" ".join(groups[start : start + 4]) for start in range(0, len(groups), 4))
+
+    def check_digest(self, expected: str) -> None:
+        """Accept a roster whose digest is `expected`: hexadecimal, in any case, with any white space.
+
+        Raises:
+            ParameterError: it is another one, or `expected` is not the whole of a digest.
+        """
+        text = "".join(expected.split()).lower()
+        if len(text) != 2 * len(self._digest) or not set(text) <= set("0123456789abcdef"):
+            raise ParameterError(
+                f"a roster digest is {2 * len(self._digest)} hexadecimal digits; {len(text)} characters were given",
+                hint="compare all of it: part of a digest can be forged",
+            )
+        if text != self._digest.hex():
+            raise ParameterError(
+                f"the roster's digest is {self._digest.hex()}, not {text}",
+                hint="this is another roster than the one the digest was read from: do not use it",
+            )
+
     def __getitem__(self, client_id: str) -> bytes:
         return self._keys[client_id]
 
@@ -155,23 +160,31 @@ class Roster(Mapping[str, bytes]):
     def to_json(self) -> bytes:
         """The canonical file content: sorted ids, two-space indent, keys in lower-case hexadecimal, a final newline."""
         entries = [_RosterEntry(id=client_id, verify_key=key.hex()) for client_id, key in self._keys.items()]
-        content = _RosterFile(format=_ROSTER_FORMAT, clients=entries)
-        return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+        return strict_files.to_json(_RosterFile(format=_ROSTER_FORMAT, clients=entries))
 
     @classmethod
     def from_json(cls, content: bytes) -> Roster:
-        """The roster in a file's content. Unknown fields, repeated ids and repeated keys are refused."""
-        if len(content) > _LARGEST_ROSTER_FILE:
-            raise ParameterError(f"a roster file has at most {_LARGEST_ROSTER_FILE} bytes, not {len(content)}")
-        entries = _decode_json(content, _RosterFile, _ROSTER_FORMAT).clients
-        keys = {entry.id: _from_hex(entry.verify_key, "verify_key") for entry in entries}
-        if len(keys) != len(entries):
+        """The roster in a file's content, which has to be the bytes of `to_json`.
+
+        Raises:
+            ParameterError: it is something else: too large, another format or version, unknown fields, repeated ids or
+                keys, an order or a spelling of its own.
+        """
+        file = strict_files.from_json(content, {_ROSTER_FORMAT: _RosterFile}, largest=_LARGEST_ROSTER_FILE)
+        keys = {
+            entry.id: strict_files.from_hex(entry.verify_key, "verify_key", size=VERIFY_KEY_BYTES)
+            for entry in file.clients
+        }
+        if len(keys) != len(file.clients):
             raise ParameterError("a client id appears twice in the roster")
-        return cls(keys)
+        roster = cls(keys)
+        if list(roster) != [entry.id for entry in file.clients]:
+            raise ParameterError("the clients of a roster file are not sorted by id")
+        return roster
 
     def save(self, path: Path) -> None:
         """Write `to_json` to a new file; an existing roster is never replaced silently."""
-        _write_new(path, self.to_json(), mode=0o644)
+        strict_files.write_new(path, self.to_json(), mode=0o644)
 
     @classmethod
     def load(cls, path: Path) -> Roster:
@@ -181,13 +194,7 @@ class Roster(Mapping[str, bytes]):
             ParameterError: the file is no roster.
             OSError: the file cannot be read.
         """
-        return cls.from_json(_read(path, _LARGEST_ROSTER_FILE))
-
-
-class _IdentityFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    format: str
-    seed: str
-    verify_key: str
+        return cls.from_json(strict_files.read_file(path, largest=_LARGEST_ROSTER_FILE))
 
 
 class _RosterEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -198,46 +205,3 @@ class _RosterEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _RosterFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: str
     clients: list[_RosterEntry]
-
-
-_File = TypeVar("_File", _IdentityFile, _RosterFile)
-
-
-def _decode_json(content: bytes, kind: type[_File], expected: str) -> _File:
-    try:
-        decoded = msgspec.json.decode(content, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ParameterError(f"not a {expected!r} file: {error}") from None
-    if decoded.format != expected:
-        raise ParameterError(f"the file says it is {decoded.format[:40]!r}; {expected!r} is needed")
-    return decoded
-
-
-def _from_hex(text: str, field: str) -> bytes:
-    try:
-        value = bytes.fromhex(text)
-    except ValueError:
-        value = b""
-    if len(value) != 32 or value.hex() != text:
-        raise ParameterError(f"{field} is not 64 lower-case hexadecimal digits")
-    return value
-
-
-def _read(path: Path, limit: int) -> bytes:
-    with open(path, "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ParameterError(f"{path} is larger than {limit} bytes: not a key or roster file")
-    return content
-
-
-def _write_new(path: Path, content: bytes, *, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise

@@ -11,7 +11,8 @@
     │   └── LedgerError               6   a client's ledger is missing, damaged, or cannot be written
     ├── RoundError                    7   secure aggregation stopped; nothing was revealed
     ├── RunDirectoryError             8   a run directory is missing, damaged or of another configuration
-    └── BlackBoxError                 9   the large model's API misbehaved or cannot do what is asked
+    ├── BlackBoxError                 9   the large model's API misbehaved or cannot do what is asked
+    └── IdentityError                 11  an identity or a roster is not acceptable, or not the one expected
 
 Exit code 3 is kept for audits that find a violation. The protocol's own errors live in `fedpt_secure.crypto` and are
 turned into `RoundError` where a round ends.
@@ -92,3 +93,9 @@ class BlackBoxError(FedptError):
     """The large model's API misbehaved, or cannot do what is asked of it."""
 
     exit_code = 9
+
+
+class IdentityError(FedptError):
+    """An identity or a roster is not acceptable, or is not the one expected."""
+
+    exit_code = 11
