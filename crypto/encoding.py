@@ -95,8 +95,7 @@ class FixedPointEncoding:
             # needs it exact.
             np.clip(lower, -self.level, self.level, out=lower)
             encoded[start : start + chunk.size] = lower.astype(np.int64).astype(self._dtype)
-        if self.ring_bits != self._dtype.itemsize * 8:
-            encoded &= self._dtype.type((1 << self.ring_bits) - 1)
+        self.reduce(encoded)
         return encoded
 
     def count_clipped(self, values: npt.NDArray[np.floating[Any]]) -> int:
@@ -123,7 +122,7 @@ class FixedPointEncoding:
             raise EncodingError(f"a sum of {survivors} vectors; the encoding is for 1 to {self.cohort}")
         if total.dtype != self._dtype or total.ndim != 1:
             raise EncodingError(f"a sum has dtype {self._dtype} and one axis, not {total.dtype} and {total.ndim}")
-        signed = self._signed(total)
+        signed = self.signed(total)
         limit = survivors * self.level
         outside = (signed > limit) | (signed < -limit)
         if outside.any():
@@ -135,7 +134,17 @@ class FixedPointEncoding:
         sums: npt.NDArray[np.float64] = signed / self.scale
         return sums
 
-    def _signed(self, total: RingVector) -> npt.NDArray[np.int64]:
+    def reduce(self, vector: RingVector) -> None:
+        """Take words of the ring's dtype modulo 2^b, in place."""
+        if self.ring_bits != self._dtype.itemsize * 8:
+            vector &= self._dtype.type((1 << self.ring_bits) - 1)
+
+    def signed(self, total: RingVector) -> npt.NDArray[np.int64]:
+        """Ring elements as the integers in [-2^(b-1), 2^(b-1)) they stand for, in steps of 1 / scale.
+
+        `decode_sum` also checks that the sum is one that honest encodings can have; a sum that carries noise is read
+        by this alone.
+        """
         word_bits = self._dtype.itemsize * 8
         # Shifting the sign bit of Z_{2^b} to the word's own and back extends it (arithmetic shift of a signed
         # word).

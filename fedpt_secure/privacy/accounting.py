@@ -24,6 +24,9 @@ LARGEST_NOISE_MULTIPLIER = 10_000.0
 SMALLEST_NOISE_MULTIPLIER = 0.2
 SMALLEST_DELTA = 1e-12
 """The accountant leaves out probability near 1e-15; below this delta its answer would rest on what it left out."""
+SLACK_PER_STEP = 1e-6
+"""Added to the privacy loss of every step: what a mechanism on a grid may differ by from the Gaussian of real numbers that
+is accounted for (docs/privacy.md, "Noise born in pieces"). The ring mechanism refuses parameters that need more."""
 _CALIBRATION_STEP = 1.001  # noise multipliers are searched on a geometric grid this fine
 _DISCRETISATION = 1e-4  # of the privacy loss; any value gives an upper bound, a finer one a tighter bound
 _SEARCH_DISCRETISATION = 1e-3
@@ -70,6 +73,8 @@ def epsilon_spent(spent: tuple[GaussianSteps, ...], *, delta: float, discretisat
     """
     _check_delta(delta)
     spent = tuple(item for item in spent if item.steps)
+    slack = SLACK_PER_STEP * sum(item.steps for item in spent)
+    delta *= math.exp(-2 * slack)  # the slack weighs on delta as well
     if any(item.noise_multiplier < SMALLEST_NOISE_MULTIPLIER for item in spent):
         return math.inf  # the accountant's grid would grow without bound; no useful promise lives here
     if not spent:
@@ -80,11 +85,11 @@ def epsilon_spent(spent: tuple[GaussianSteps, ...], *, delta: float, discretisat
         warnings.simplefilter("ignore", UserWarning)
         coarse = _compose(rdp.RdpAccountant(_ORDERS), events).get_epsilon(delta)
     if coarse > _LARGEST_TIGHT_EPSILON:
-        return float(coarse)
+        return float(coarse) + slack
     tight = pld.PLDAccountant(
         dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=discretisation
     )
-    return float(_compose(tight, events).get_epsilon(delta))
+    return float(_compose(tight, events).get_epsilon(delta)) + slack
 
 
 def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:

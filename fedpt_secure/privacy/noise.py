@@ -16,6 +16,8 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy.special import ndtri
 
+from fedpt_secure.privacy.discrete_gaussian import discrete_gaussian
+
 FloatArray = npt.NDArray[np.float64]
 
 GAUSSIANS_PER_DRAW = 4
@@ -33,8 +35,14 @@ class NoiseSource(Protocol):
     def gaussian(self, count: int, *, standard_deviation: float) -> FloatArray:
         """Draw `count` independent normal variates with mean 0."""
 
+    def discrete_gaussian(self, count: int, *, sigma: int) -> npt.NDArray[np.int64]:
+        """Draw `count` independent discrete Gaussians (`privacy.discrete_gaussian`), exactly."""
+
     def bernoulli(self, count: int, *, probability: float) -> npt.NDArray[np.bool_]:
         """Draw `count` independent coins that are true with the given probability."""
+
+    def random_bytes(self, count: int) -> bytes:
+        """Draw `count` bytes."""
 
 
 class _KeystreamRandom:
@@ -48,15 +56,24 @@ class _KeystreamRandom:
 
     def _uniform(self, count: int) -> FloatArray:
         """Uniform on the open interval (0, 1), 53 bits each; never 0 or 1, so that `ndtri` stays finite."""
-        words = np.frombuffer(self._keystream.update(bytes(8 * count)), dtype="<u8")
-        return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        return ((self._words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+    def _words(self, count: int) -> npt.NDArray[np.uint64]:
+        """Uniform 64-bit words, in an array of their own."""
+        return np.frombuffer(bytearray(self.random_bytes(8 * count)), dtype="<u8")
 
     def gaussian(self, count: int, *, standard_deviation: float) -> FloatArray:
         draws = ndtri(self._uniform(GAUSSIANS_PER_DRAW * count)).reshape(GAUSSIANS_PER_DRAW, count)
         return np.asarray(draws.sum(axis=0) * (standard_deviation / GAUSSIANS_PER_DRAW**0.5))
 
+    def discrete_gaussian(self, count: int, *, sigma: int) -> npt.NDArray[np.int64]:
+        return discrete_gaussian(count, sigma=sigma, words=self._words)
+
     def bernoulli(self, count: int, *, probability: float) -> npt.NDArray[np.bool_]:
         return np.asarray(self._uniform(count) < probability)
+
+    def random_bytes(self, count: int) -> bytes:
+        return self._keystream.update(bytes(count))
 
 
 class SecureRandom(_KeystreamRandom):
