@@ -26,7 +26,7 @@ class FixedPointEncoding:
         float64).
 
         No bias: a coordinate between two integers is rounded up with the probability of its fractional part,
-        from a cryptographic generator. The expectation of the encoded value is the clipped one, up to 2^-53 of
+        from a cryptographic generator. The expectation of the encoded value is the clipped one, up to 2^-31 of
         a step; the error is below one step, 1 / scale, and its variance at most a quarter of a step squared.
 
     Attributes:
@@ -79,23 +79,38 @@ class FixedPointEncoding:
         _check_real(values)
         rounding = Keystream(random_bytes(32))
         encoded = np.empty(values.size, dtype=self._dtype)
+        signed = encoded.view(np.dtype(f"i{self._dtype.itemsize}"))
+        # Made once: to allocate them for every chunk costs as much as the arithmetic.
+        most = min(values.size, _CHUNK_ELEMENTS)
+        steps_buffer, lower_buffer = np.empty(most), np.empty(most)
+        coins_buffer, odds_buffer = np.empty(most, dtype="<u4"), np.empty(most, dtype=np.uint32)
         for start in range(0, values.size, _CHUNK_ELEMENTS):
-            chunk = values[start : start + _CHUNK_ELEMENTS].astype(np.float64)
+            chunk = values[start : start + _CHUNK_ELEMENTS]
             if not np.isfinite(chunk).all():
                 raise EncodingError(
                     f"coordinate {start + int(np.argmin(np.isfinite(chunk)))} is not finite",
                     hint="the update diverged; it must not be sent",
                 )
-            np.clip(chunk, -self.bound, self.bound, out=chunk)
-            chunk *= self.scale
-            lower = np.floor(chunk)
-            chunk -= lower
-            lower += _uniform(rounding, chunk.size) < chunk
+            size = chunk.size
+            steps, lower, coins, odds = (
+                buffer[:size] for buffer in (steps_buffer, lower_buffer, coins_buffer, odds_buffer)
+            )
+            np.copyto(steps, chunk)
+            np.clip(steps, -self.bound, self.bound, out=steps)
+            np.multiply(steps, self.scale, out=steps)
+            np.floor(steps, out=lower)
+            np.subtract(steps, lower, out=steps)
+            # The fraction of a tiny negative number is 1.0 in float64: a factor of 2^32 would wrap its odds to zero.
+            np.multiply(steps, 2.0**32 - 1, out=steps)
+            np.copyto(odds, steps, casting="unsafe")
+            rounding.fill(coins.data.cast("B"))
+            np.add(lower, coins < odds, out=lower)
             # Only the last bit of the multiplication by the scale can pass the level; the bound on the sum
             # needs it exact.
             np.clip(lower, -self.level, self.level, out=lower)
-            encoded[start : start + chunk.size] = lower.astype(np.int64).astype(self._dtype)
-        self.reduce(encoded)
+            np.copyto(signed[start : start + size], lower, casting="unsafe")
+        if self.ring_bits != self._dtype.itemsize * 8:
+            encoded &= self._dtype.type((1 << self.ring_bits) - 1)
         return encoded
 
     def count_clipped(self, values: npt.NDArray[np.floating[Any]]) -> int:
@@ -157,9 +172,3 @@ class FixedPointEncoding:
 def _check_real(values: npt.NDArray[np.floating[Any]]) -> None:
     if values.ndim != 1 or values.dtype not in (np.float32, np.float64):
         raise EncodingError(f"a vector to encode is 1-D, float32 or float64, not {values.ndim}-D and {values.dtype}")
-
-
-def _uniform(stream: Keystream, count: int) -> npt.NDArray[np.float64]:
-    """Uniform multiples of 2^-53 in [0, 1)."""
-    words = np.frombuffer(stream.read(8 * count), dtype="<u8") >> np.uint64(11)
-    return words.astype(np.float64) * 2.0**-53
