@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from threading import RLock
+from typing import NoReturn
 
 from fedpt_secure.crypto import messages
 from fedpt_secure.crypto.context import RoundContext
@@ -57,7 +59,7 @@ class SecAggClient:
     clients that holds this client and that a quorum signed.
 
     Every error but `ProtocolStateError` and the `ParameterError` of a bad vector wipes the secrets and ends
-    the machine.
+    the machine. It cannot be copied or pickled, and serves one thread at a time: either would be a second try.
 
     Args:
         context: the round, as this client sees it; in particular the digest of the weights that it was given.
@@ -100,6 +102,8 @@ class SecAggClient:
         self._register = register
         self._random_bytes = random_bytes
         self._workers = workers
+        self._turn = RLock()
+        self._discarded = False
         self._index = context.index_of(client_id)
         self._state = ClientState.READY
         self._channel = KeyPair.generate(random_bytes)
@@ -276,23 +280,41 @@ class SecAggClient:
             )
 
     def discard(self) -> None:
-        """Wipe every secret and end the machine. Safe to call at any time, more than once."""
-        self._erase_own_secrets()
-        self._erase_held_shares()
-        if self._state is not ClientState.FINISHED:
-            self._state = ClientState.ABORTED
+        """Wipe every secret and end the machine. Safe to call at any time, more than once.
+
+        It waits for a call that another thread has running. Within such a call, as from a signal handler, it makes that
+        call fail: what is computed from wiped secrets never leaves.
+        """
+        with self._turn:
+            self._discarded = True
+            self._erase_own_secrets()
+            self._erase_held_shares()
+            if self._state is not ClientState.FINISHED:
+                self._state = ClientState.ABORTED
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise ProtocolStateError(
+            "a client is neither copied nor pickled: the copy could be shown another survivor list"
+        )
 
     @contextmanager
     def _step(self, expected: ClientState, following: ClientState) -> Iterator[None]:
-        self._require_state(expected)
-        # Aborted until the step has run to its end: an exception of any kind leaves no state to go on from.
-        self._state = ClientState.ABORTED
+        if not self._turn.acquire(blocking=False):
+            raise ProtocolStateError("another thread is using this client; it serves one at a time")
         try:
-            yield
-        except BaseException:
-            self.discard()
-            raise
-        self._state = following
+            self._require_state(expected)
+            # Aborted until the step has run to its end: an exception of any kind leaves no state to go on from.
+            self._state = ClientState.ABORTED
+            try:
+                yield
+                if self._discarded:
+                    raise ProtocolStateError("the client was discarded while this call ran; its answer is void")
+            except BaseException:
+                self.discard()
+                raise
+            self._state = following
+        finally:
+            self._turn.release()
 
     def _require_state(self, expected: ClientState) -> None:
         if self._state is not expected:
@@ -323,15 +345,17 @@ class SecAggClient:
         threshold, draw = self._context.threshold, self._random_bytes
         mask_shares = split(self._mask.private, points=points, threshold=threshold, random_bytes=draw)
         seed_shares = split(self._seed, points=points, threshold=threshold, random_bytes=draw)
-        for holder, mask_share, seed_share in zip(holders, mask_shares, seed_shares, strict=True):
-            if holder == self._index:
-                self._held_shares[holder] = (mask_share, seed_share)
-                continue
-            secret = shared_secret(self._channel.private, directory.advertisements[holder].channel_key)
-            self._channel_secrets[holder] = secret
-            key, data = self._sealing(secret, directory, sender=self._index, receiver=holder)
-            yield seal(key, mask_share, seed_share, data=data)
-            wipe_all((mask_share, seed_share))
+        pairs = dict(zip(holders, zip(mask_shares, seed_shares, strict=True), strict=True))
+        self._held_shares[self._index] = pairs.pop(self._index)
+        try:
+            for holder, (mask_share, seed_share) in pairs.items():
+                secret = shared_secret(self._channel.private, directory.advertisements[holder].channel_key)
+                self._channel_secrets[holder] = secret
+                key, data = self._sealing(secret, directory, sender=self._index, receiver=holder)
+                yield seal(key, mask_share, seed_share, data=data)
+        finally:
+            for shares in pairs.values():
+                wipe_all(shares)
 
     def _sealing(self, secret: bytearray, directory: Directory, *, sender: int, receiver: int) -> tuple[bytes, bytes]:
         """Key and associated data of what `sender` seals for `receiver`."""

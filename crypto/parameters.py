@@ -18,6 +18,12 @@ from fedpt_secure.crypto.identities import LARGEST_ROSTER
 SMALLEST_SPARSE_COHORT: Final = 100
 """Below it the complete graph is cheap, and bounds that rest on the whole part of a few corruptions are thin."""
 
+GRINDING_BITS: Final = 64
+"""log2 of the graphs that a server is assumed to try out."""
+
+LARGEST_SECURITY_BITS: Final = 512
+"""More is a slip of the keyboard, and would only make the arithmetic slow."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SecureAggregationParameters:
@@ -49,24 +55,31 @@ def secure_aggregation_parameters(
     *,
     security_bits: int = 40,
     correctness_bits: int = 20,
-    grinding_bits: int = 64,
+    grinding_bits: int = GRINDING_BITS,
 ) -> SecureAggregationParameters:
     """The sparsest graph, and its threshold, that withstand the stated adversary.
 
     Guarantees, for an actively malicious server that controls at most c = floor(corrupt_fraction n) clients of the
-    roster and calls any d = floor(dropout_fraction n) clients lost, at any phase, whom it chooses when it knows the
+    cohort, the same ones whatever the graph turns out to be, and leaves any d = floor(dropout_fraction n) others out of
+    the directory, the sharers or the survivors, or shows them lists of their own, whom it chooses when it knows the
     graph:
 
-    1. The graph of honest survivors is connected but with probability 2^-(security_bits + 1): what is summed is one sum
-       over all of them.
+    1. The graph of the remaining honest clients is connected, or no side of a split can be unmasked, but with
+       probability 2^-(security_bits + 1): what the server sees is one sum over all of them.
     2. No client has more than a corrupt neighbours but with probability 2^-(security_bits + 1) over all clients, and
        2t > k + 1 + a: the holders of a client's shares, itself among them, never yield both kinds, whatever lists of
-       survivors the server shows to whom (Bonawitz et al. 2017, section 6.2).
+       survivors the server shows to whom. (In the complete graph this is the condition 2t > n + n_C of Bonawitz et al.
+       2017 for active adversaries.)
     3. If d clients vanish independently of the graph, fewer than t neighbours of some client survive with
        probability at most 2^-correctness_bits; the round is then abandoned, and nothing is revealed.
 
-    The bounds follow Bell et al. 2020 (sections 3 and 4), but the server chooses who is lost, the population is what
-    remains if it chooses at once, and a client's own share counts. Bound 3 is theirs.
+    The probability is over the permutation, which is a random oracle's answer to the directory; the bound holds for all
+    2^grinding_bits directories that the server may try, in all rounds and attempts together. `docs/protocol.md`, "Why
+    one sum", has the proof.
+
+    The approach is that of Bell et al. 2020: a Harary graph on a random permutation, its degree and threshold from
+    hypergeometric tails. Bounds 1 and 2 differ from theirs, since here the server chooses who is lost, the population
+    is what remains if it chooses at once, and a client's own share counts. Bound 3 is theirs.
 
     For the complete graph 1 and 2 hold without exception, and 3 whenever the dropouts are as many as stated.
 
@@ -84,8 +97,8 @@ def secure_aggregation_parameters(
     Raises:
         ParameterError: no graph on the cohort withstands such an adversary, or the arguments make no sense.
     """
-    if not 2 <= cohort <= LARGEST_ROSTER:
-        raise ParameterError(f"a cohort of {cohort}; it must lie in 2..{LARGEST_ROSTER}")
+    if type(cohort) is not int or not 2 <= cohort <= LARGEST_ROSTER:
+        raise ParameterError(f"a cohort of {cohort}; it must be an integer in 2..{LARGEST_ROSTER}")
     for name, fraction in (("corrupt_fraction", corrupt_fraction), ("dropout_fraction", dropout_fraction)):
         if not 0 <= fraction < 1:
             raise ParameterError(f"{name} is {fraction}; it must lie in [0, 1)")
@@ -94,8 +107,8 @@ def secure_aggregation_parameters(
         ("correctness_bits", correctness_bits),
         ("grinding_bits", grinding_bits),
     ):
-        if bits < 0:
-            raise ParameterError(f"{name} is {bits}; it must not be negative")
+        if type(bits) is not int or not 0 <= bits <= LARGEST_SECURITY_BITS:
+            raise ParameterError(f"{name} is {bits}; it must be an integer in 0..{LARGEST_SECURITY_BITS}")
     corrupt, dropouts = _whole(corrupt_fraction, cohort), _whole(dropout_fraction, cohort)
     majority = max((cohort + corrupt) // 2 + 1, 2)
     if majority > cohort - dropouts:
@@ -134,16 +147,43 @@ def sparsest_graph(
     """
     members = cohort - dropouts  # in the directory, if the server leaves out as many honest clients as it may
     limit = Fraction(1, cohort << (security_bits + 1))
-    split = Fraction(1, 2 << security_bits)
     rare = Fraction(1, cohort << correctness_bits)
     for degree in range(2, members - 1, 2):
         bad = _smallest_with_upper_tail_below(limit, members - 1, corrupt, degree)
         threshold = (degree + 1 + bad) // 2 + 1
-        while threshold <= degree and _split_probability(cohort, corrupt, dropouts, degree, threshold) >= split:
+        while threshold <= degree and not _resists_splits(
+            cohort, corrupt, dropouts, degree, threshold, security_bits=security_bits
+        ):
             threshold += 1
         if threshold <= degree and _lower_tail(cohort - 1, cohort - 1 - dropouts, degree, threshold) < rare:
             return degree, threshold, bad
     return None
+
+
+@lru_cache(maxsize=64)
+def graph_withstands(
+    *, cohort: int, degree: int, threshold: int, corrupt: int, dropouts: int, security_bits: int
+) -> bool:
+    """Whether bounds 1 and 2 of `secure_aggregation_parameters` hold for a k-regular graph that somebody else chose.
+
+    Args:
+        cohort: n, at least dropouts + corrupt.
+        degree: k.
+        threshold: t.
+        corrupt: c.
+        dropouts: d.
+        security_bits: each bound fails with a probability below 2^-(security_bits + 1) for one random graph.
+    """
+    others = cohort - dropouts - 1
+    beaten = 2 * threshold - degree - 2  # the most corrupt neighbours that the threshold still beats
+    if beaten < 0:
+        return False
+    # A directory so small that the graph on it is complete has fewer share holders than k + 1.
+    rest = min(degree, others)
+    failing = cohort * _upper_tail(others, min(corrupt, others), rest, beaten + 1)
+    return failing < Fraction(1, 2 << security_bits) and _resists_splits(
+        cohort, corrupt, dropouts, degree, threshold, security_bits=security_bits
+    )
 
 
 def _whole(fraction: float, cohort: int) -> int:
@@ -151,17 +191,30 @@ def _whole(fraction: float, cohort: int) -> int:
     return floor((fraction + 1e-14) * cohort)
 
 
-def _split_probability(cohort: int, corrupt: int, dropouts: int, degree: int, threshold: int) -> Fraction:
+def _resists_splits(
+    cohort: int, corrupt: int, dropouts: int, degree: int, threshold: int, *, security_bits: int
+) -> bool:
+    return split_probability(cohort, corrupt, dropouts, degree, threshold) < Fraction(1, 2 << security_bits)
+
+
+def split_probability(cohort: int, corrupt: int, dropouts: int, degree: int, threshold: int) -> Fraction:
     """A bound on the probability that the server can split the honest part of a random Harary graph, by any choice.
 
-    Two disjoint runs of k/2 members have to be corrupt or lost, so at least k - d of them corrupt. And both sides are
-    to be unmasked: the honest survivor at the edge of a run has at most k/2 + 1 holders that are not in the run, so
-    that at least t - k/2 - 1 of the run have to be corrupt to give the server t shares of its seed. There are at most
-    n (n - k - 1) / 2 pairs of runs, and the corrupt ones among k given members are hypergeometric: a union bound.
+    A split has two sides with a gap of at least k/2 on the ring between them at either end. The k/2 places of a gap
+    that are next to a side which is to be unmasked are a run; its members are corrupt or lost, so at least k - d of
+    both runs are corrupt. And the honest survivor at the edge of a run has at most k/2 + 1 holders that are not in the
+    run, so that at least t - k/2 - 1 of each run have to be corrupt to give the server t shares of its seed. There are
+    at most n (n - k - 1) / 2 pairs of runs, and the corrupt ones among k given places are hypergeometric, in a
+    directory of at least n - d: a union bound, which may exceed 1.
     """
     needed = max(degree - dropouts, 2 * (threshold - degree // 2 - 1), 0)
-    pairs = Fraction(cohort * (cohort - degree - 1), 2)
-    return pairs * _upper_tail(cohort - dropouts, corrupt, degree, needed)
+    pairs = Fraction(cohort * max(cohort - degree - 1, 0), 2)
+    members = cohort - dropouts
+    if degree >= members - 1:
+        # The server can make the directory so small that the graph is complete, or larger; the bound for a larger one
+        # is that for the smallest which is not complete.
+        members = degree + 2
+    return pairs * _upper_tail(members, min(corrupt, members), degree, needed)
 
 
 def _upper_tail(population: int, marked: int, drawn: int, least: int) -> Fraction:

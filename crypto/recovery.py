@@ -19,8 +19,11 @@ class ShareCollection:
         self._false_points: set[int] = set()
 
     @property
-    def liars(self) -> tuple[int, ...]:
-        """Holders that sent a false share which others' shares made up for, as far as secrets were rebuilt."""
+    def disputed_holders(self) -> tuple[int, ...]:
+        """Holders whose share did not fit while others' made up for it, as far as secrets were rebuilt.
+
+        The holder sent another share than it was dealt, or the owner dealt it a false one: the shares do not say which.
+        """
         return tuple(point - 1 for point in sorted(self._false_points))
 
     def add(self, shares: Mapping[int, bytes], *, holder: int) -> None:
@@ -44,21 +47,22 @@ class ShareCollection:
         """The secret that `owner` shared, which `is_genuine` compares with what it published.
 
         If the first shares give another one and there are more, each of them is left out in turn: one false share among
-        them is outvoted, and its sender is known.
+        them is outvoted, and its holder is known. A holder whose share of another owner was outvoted is asked last, not
+        never: an owner that dealt it a false share must not be able to silence it.
 
         Raises:
             ReconstructionFailed: no such choice of shares gives the genuine secret.
         """
         threshold = self._context.threshold
         filed = self._shares.get(owner, {})
-        shares = {point: share for point, share in filed.items() if point not in self._false_points}
-        first = sorted(shares)[:threshold]
+        order = sorted(filed, key=lambda point: (point in self._false_points, point))
+        first = order[:threshold]
         for left_out in (None, *first):
-            remaining = {point: share for point, share in shares.items() if point != left_out}
-            if len(remaining) < threshold:
+            chosen = [point for point in order if point != left_out][:threshold]
+            if len(chosen) < threshold:
                 break
             try:
-                secret = reconstruct(remaining, threshold=threshold)
+                secret = reconstruct({point: filed[point] for point in chosen}, threshold=threshold)
             except InvalidShare:
                 continue
             if is_genuine(secret):
@@ -74,5 +78,5 @@ class ShareCollection:
         )
 
     def clear(self) -> None:
-        """Forget all shares; who lied stays known."""
+        """Forget all shares; whose did not fit stays known."""
         self._shares.clear()

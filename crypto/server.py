@@ -7,8 +7,11 @@ whose vectors are in it. There is no attribute and no method from which one clie
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from enum import Enum
+from functools import wraps
+from threading import RLock
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -18,6 +21,7 @@ from fedpt_secure.crypto.directory import Directory, check_advertisement
 from fedpt_secure.crypto.errors import (
     BelowThreshold,
     DuplicateMessage,
+    MalformedMessage,
     ProtocolStateError,
     TranscriptMismatch,
     UnknownSender,
@@ -32,6 +36,8 @@ from fedpt_secure.crypto.sealing import SEALED_BYTES
 from fedpt_secure.crypto.shamir import SHARE_BYTES
 from fedpt_secure.crypto.wiping import wipe
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
 
 class ServerState(Enum):
     """What a server collects."""
@@ -45,13 +51,24 @@ class ServerState(Enum):
     ABORTED = "aborted: the round is over"
 
 
+def _one_at_a_time(method: _Method) -> _Method:
+    """A method that no other one overlaps: of two threads that add at once, one's vector could be lost, or twice in."""
+
+    @wraps(method)
+    def alone(server: SecAggServer, *arguments: Any, **settings: Any) -> Any:
+        with server._turn:
+            return method(server, *arguments, **settings)
+
+    return cast(_Method, alone)
+
+
 class SecAggServer:
     """The server in one round.
 
     `receive_*` takes one client's message, in any order of clients. A `MessageError` means that the message
     was ignored: the client counts as silent unless a good message follows. `publish_*`, `route_shares` and
     `aggregate` close a phase with whoever has been heard by then; if those are too few, they raise
-    `BelowThreshold` and the machine is over.
+    `BelowThreshold` and the machine is over. Calls from several threads wait for one another.
 
     Args:
         context: the round.
@@ -67,6 +84,7 @@ class SecAggServer:
         self._context = context
         self._roster = roster
         self._workers = workers
+        self._turn = RLock()
         self._state = ServerState.ADVERTISING
         self._advertisements: dict[int, messages.Advertisement] = {}
         self._public_keys: set[bytes] = set()
@@ -101,10 +119,14 @@ class SecAggServer:
         return self._names(self._survivors)
 
     @property
-    def liars(self) -> tuple[str, ...]:
-        """Clients that sent a false share which others' shares made up for; known once the sum is."""
-        return self._names(self._shares.liars)
+    def disputed_holders(self) -> tuple[str, ...]:
+        """Clients whose share of some owner did not fit while others' made up for it; known once the sum is.
 
+        Either such a client lied to the server, or the owner had dealt it a false share.
+        """
+        return self._names(self._shares.disputed_holders)
+
+    @_one_at_a_time
     def receive_advertisement(self, client_id: str, message: bytes) -> None:
         """Phase 1: take one client's public keys.
 
@@ -120,6 +142,7 @@ class SecAggServer:
         self._public_keys.update((advertisement.channel_key, advertisement.mask_key))
         self._advertisements[sender] = advertisement
 
+    @_one_at_a_time
     def publish_keys(self) -> bytes:
         """Close phase 1: the key directory, the same bytes for every member.
 
@@ -133,6 +156,7 @@ class SecAggServer:
         self._state = ServerState.SHARING
         return directory.to_bytes()
 
+    @_one_at_a_time
     def receive_shares(self, client_id: str, message: bytes) -> None:
         """Phase 2: take the shares that one client sealed for its neighbours.
 
@@ -153,6 +177,7 @@ class SecAggServer:
         self._roster.verify(client_id, signed, shares.signature)
         self._sealed[sender] = dict(zip(neighbours, pairs, strict=True))
 
+    @_one_at_a_time
     def route_shares(self) -> dict[str, bytes]:
         """Close phase 2: one inbox for each client that shared its keys, by client id.
 
@@ -177,6 +202,7 @@ class SecAggServer:
         self._state = ServerState.MASKING
         return inboxes
 
+    @_one_at_a_time
     def receive_masked(self, client_id: str, message: bytes) -> None:
         """Phase 3: add one client's masked vector to the running sum.
 
@@ -199,9 +225,17 @@ class SecAggServer:
         self._roster.verify(client_id, signed, masked.signature)
         if masked.sharers != messages.encode_set(self._sharers, self._context):
             raise TranscriptMismatch(f"client {client_id!r} masked against other sharers than the server routed")
-        add_packed(total, masked.vector, self._context.ring_bits)
+        try:
+            add_packed(total, masked.vector, self._context.ring_bits)
+        except MalformedMessage:
+            raise
+        except BaseException:
+            # A vector that was added in part, as when memory runs out, must not stay in the sum.
+            self._abort()
+            raise
         self._summed.add(sender)
 
+    @_one_at_a_time
     def publish_survivors(self) -> bytes:
         """Close phase 3: the survivor list, the same bytes for every survivor. Later vectors are refused.
 
@@ -219,6 +253,7 @@ class SecAggServer:
             )
         )
 
+    @_one_at_a_time
     def receive_confirmation(self, client_id: str, message: bytes) -> None:
         """Phase 4: take one survivor's signature on the survivor list.
 
@@ -238,6 +273,7 @@ class SecAggServer:
         self._roster.verify(client_id, signed, confirmation.signature)
         self._confirmations[sender] = confirmation.signature
 
+    @_one_at_a_time
     def publish_confirmations(self) -> bytes:
         """Close phase 4: all signatures on the survivor list, the same bytes for everyone that confirmed.
 
@@ -257,6 +293,7 @@ class SecAggServer:
             )
         )
 
+    @_one_at_a_time
     def receive_unmasking(self, client_id: str, message: bytes) -> None:
         """Phase 5: take one client's shares, exactly one of each peer.
 
@@ -282,6 +319,7 @@ class SecAggServer:
         self._shares.add(dict(zip(owners, records, strict=True)), holder=sender)
         self._unmasked.add(sender)
 
+    @_one_at_a_time
     def aggregate(self) -> RingVector:
         """Close phase 5 and the round: the sum of the survivors' vectors in Z_{2^ring_bits}, exactly.
 

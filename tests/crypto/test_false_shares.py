@@ -70,14 +70,14 @@ def test_one_false_share_is_outvoted_and_named_where_there_are_more_than_the_thr
     cohort = make_cohort(6)
     a_round, survivors = _round_with_a_liar(cohort, kind, threshold=4)
     assert (a_round.server.aggregate() == a_round.plain_sum(survivors)).all()
-    assert a_round.server.liars == (cohort.ids[1],)
+    assert a_round.server.disputed_holders == (cohort.ids[1],)
 
 
 def test_no_liar_is_named_where_nobody_lied(make_cohort):
     cohort = make_cohort(4)
     a_round = cohort.round().advertise().share().mask().confirm().unmask()
     a_round.server.aggregate()
-    assert a_round.server.liars == ()
+    assert a_round.server.disputed_holders == ()
 
 
 @pytest.mark.parametrize("guarded", [True, False])

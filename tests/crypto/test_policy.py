@@ -1,3 +1,8 @@
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from threading import Barrier
+
 import pytest
 
 from fedpt_secure.crypto import (
@@ -9,6 +14,7 @@ from fedpt_secure.crypto import (
     PolicyViolation,
     Roster,
     RoundReplayed,
+    secure_aggregation_parameters,
 )
 
 
@@ -47,10 +53,63 @@ def test_a_client_refuses_too_sparse_a_graph(make_cohort):
 
 def test_a_client_refuses_a_quorum_that_two_lists_can_reach_with_the_help_of_accomplices(make_cohort):
     cohort = make_cohort(10)
-    context = cohort.context(degree=4, threshold=4, minimum_survivors=7)
+    context = cohort.context(degree=8, threshold=8, minimum_survivors=7)
     cohort.client(cohort.ids[0], context, policy=ClientPolicy(tolerated_corrupt_clients=3))
     with pytest.raises(PolicyViolation, match="second list"):
         cohort.client(cohort.ids[0], context, policy=ClientPolicy(tolerated_corrupt_clients=4))
+
+
+@pytest.mark.parametrize(
+    ("size", "change", "corrupt"),
+    [
+        (10, {"degree": 2, "threshold": 2, "minimum_survivors": 7}, 0),
+        (10, {"degree": 4, "threshold": 3, "minimum_survivors": 6}, 0),
+        (10, {"degree": 8, "threshold": 6, "minimum_survivors": 7}, 3),
+        (16, {"degree": 8, "threshold": 6, "minimum_survivors": 10}, 2),
+    ],
+    ids=["ring", "dropouts alone", "both kinds of shares", "accomplices and dropouts together"],
+)
+def test_a_client_refuses_a_sparse_graph_that_can_be_split(make_cohort, size, change, corrupt):
+    """Two lost clients cut a ring in two, and each half would be summed by itself."""
+    cohort = make_cohort(size)
+    with pytest.raises(PolicyViolation, match="split the graph"):
+        cohort.client(cohort.ids[0], cohort.context(**change), policy=ClientPolicy(tolerated_corrupt_clients=corrupt))
+
+
+def test_a_client_works_out_for_itself_that_a_sparse_graph_is_dense_enough(make_cohort):
+    cohort = make_cohort(256)
+    found = secure_aggregation_parameters(256, 0.1, 0.1)
+    good = {"degree": found.degree, "threshold": found.threshold, "minimum_survivors": found.minimum_survivors}
+    policy = ClientPolicy(tolerated_corrupt_clients=found.tolerated_corrupt_clients)
+    policy.check(cohort.context(**good))
+    for change in ({"degree": 90}, {"threshold": found.threshold - 1}):
+        with pytest.raises(PolicyViolation, match="split the graph"):
+            policy.check(cohort.context(**good | change))
+    with pytest.raises(PolicyViolation, match="split the graph"):
+        ClientPolicy(tolerated_corrupt_clients=52).check(cohort.context(**good))
+    with pytest.raises(PolicyViolation, match=r"below 2\^-400"):
+        ClientPolicy(tolerated_corrupt_clients=26, graph_security_bits=400).check(cohort.context(**good))
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(ClientPolicy)])
+@pytest.mark.parametrize("value", [float("nan"), 2.5, "3", True, None, -1])
+def test_a_floor_that_is_no_number_is_no_policy(field, value):
+    """Comparisons with NaN are false, so that it would let every round pass."""
+    with pytest.raises(ParameterError, match=field):
+        ClientPolicy(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["minimum_cohort", "minimum_survivors", "minimum_threshold", "minimum_degree"])
+def test_each_floor_may_be_two_and_no_less(field):
+    assert getattr(ClientPolicy(**{field: 2}), field) == 2
+    with pytest.raises(ParameterError, match=field):
+        ClientPolicy(**{field: 1})
+
+
+def test_graph_security_beyond_reason_is_a_slip():
+    ClientPolicy(graph_security_bits=512)
+    with pytest.raises(ParameterError, match="graph_security_bits"):
+        ClientPolicy(graph_security_bits=513)
 
 
 def test_all_violations_are_named_together(make_cohort):
@@ -125,3 +184,27 @@ def test_a_round_is_opened_in_one_attempt_only(make_cohort):
         assert slow.clients[name].state is ClientState.ABORTED
     with pytest.raises(RoundReplayed):
         begin(attempt=2)
+
+
+@pytest.mark.parametrize("method", ["begin", "release"])
+def test_of_threads_that_use_a_register_at_once_one_succeeds(make_cohort, method):
+    """Looking and writing in one step: otherwise two sessions of one round could both be opened."""
+    context, threads = make_cohort(4).context(), 8
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in range(50):
+                register, together = MemoryRoundRegister(), Barrier(threads)
+
+                def attempt(_, register=register, together=together):
+                    together.wait()
+                    try:
+                        getattr(register, method)(context)
+                    except RoundReplayed:
+                        return False
+                    return True
+
+                assert sum(pool.map(attempt, range(threads))) == 1
+    finally:
+        sys.setswitchinterval(interval)
