@@ -193,7 +193,7 @@ class RoundContext:
             raise MalformedMessage(f"a round context has at most {_LARGEST_ENCODING} bytes, not {len(encoded)}")
         try:
             proposal = msgspec.msgpack.decode(encoded, type=_Proposal)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise MalformedMessage(f"not a round context: {error}") from None
         if (proposal.version, proposal.suite) != (PROTOCOL_VERSION, SUITE):
             raise MalformedMessage(

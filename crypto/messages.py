@@ -171,7 +171,7 @@ def decode(encoded: bytes, kind: type[_Message], context: RoundContext, *, body_
         raise MalformedMessage(f"a {name} is at most {limit} bytes; this is {_describe(encoded)}")
     try:
         message = msgspec.msgpack.decode(encoded, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedMessage(f"not a {name}: {error}") from None
     for field, size in _FIXED_SIZES.items():
         if len(getattr(message, field, bytes(size))) != size:
