@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
+from math import prod
 from typing import Final
 
 from fedpt_secure.crypto.errors import InvalidShare, ParameterError
@@ -104,12 +106,14 @@ def _lagrange_at_zero(points: tuple[int, ...]) -> tuple[int, ...]:
 
     Cached: a round rebuilds many secrets from shares of the same holders. Points are public.
     """
+    product = prod(points) % PRIME
+    # Points are small: their differences are multiplied out before anything is reduced. And of all that has to be
+    # inverted only the product is (Montgomery's trick), since an inversion costs as much as hundreds of products.
+    denominators = [own * prod(other - own for other in points if other != own) % PRIME for own in points]
+    below = [1, *accumulate(denominators, lambda left, right: left * right % PRIME)]
+    inverse = pow(below.pop(), -1, PRIME)
     weights = []
-    for i, own in enumerate(points):
-        numerator = denominator = 1
-        for j, other in enumerate(points):
-            if i != j:
-                numerator = numerator * other % PRIME
-                denominator = denominator * (other - own) % PRIME
-        weights.append(numerator * pow(denominator, -1, PRIME) % PRIME)
-    return tuple(weights)
+    for before, denominator in zip(reversed(below), reversed(denominators), strict=True):
+        weights.append(product * before * inverse % PRIME)
+        inverse = inverse * denominator % PRIME
+    return tuple(reversed(weights))
