@@ -2,22 +2,30 @@
 
 Pairwise masks with dropout recovery (Bonawitz et al. 2017) in the variant against a malicious server, as
 sans-IO, single-use state machines over bytes. `docs/protocol.md` has the messages, the checks and what each
-of them defeats. This package imports nothing of the rest and no tensor library: it can be read, and audited,
-alone.
+of them defeats. Sums under CKKS, which promise less, lie beside it (`docs/ckks.md`). This package imports
+nothing of the rest and no tensor library: it can be read, and audited, alone.
 """
 
 from __future__ import annotations
 
+from fedpt_secure.crypto.ckks_client import CkksClient
+from fedpt_secure.crypto.ckks_parameters import CkksParameters
+from fedpt_secure.crypto.ckks_server import CkksServer
 from fedpt_secure.crypto.client import ClientState, SecAggClient
 from fedpt_secure.crypto.context import RoundContext, default_threshold
 from fedpt_secure.crypto.encoding import FixedPointEncoding
 from fedpt_secure.crypto.errors import (
     BelowThreshold,
+    CkksUnavailable,
     CryptoError,
+    DealerMissing,
+    DecryptionDisputed,
     DuplicateKey,
     DuplicateMessage,
     EncodingError,
+    InsecureParameters,
     InvalidShare,
+    KeyRejected,
     MalformedMessage,
     MessageError,
     OwnKeysMissing,
@@ -58,16 +66,24 @@ __all__ = [
     "SUITE",
     "SYSTEM_RANDOM",
     "BelowThreshold",
+    "CkksClient",
+    "CkksParameters",
+    "CkksServer",
+    "CkksUnavailable",
     "ClientPolicy",
     "ClientState",
     "CryptoError",
+    "DealerMissing",
+    "DecryptionDisputed",
     "DuplicateKey",
     "DuplicateMessage",
     "EncodingError",
     "FixedPointEncoding",
     "Identity",
     "InsecureDeterministicBytes",
+    "InsecureParameters",
     "InvalidShare",
+    "KeyRejected",
     "MalformedMessage",
     "MemoryRoundRegister",
     "MessageError",

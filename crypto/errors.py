@@ -2,6 +2,8 @@
 
     CryptoError
     ├── ParameterError            an argument, a context, a roster or a key file is not acceptable
+    │   └── InsecureParameters    ... or a lattice modulus too large for 128-bit security
+    ├── CkksUnavailable           CKKS was asked for, and TenSEAL is not installed
     ├── InvalidShare              bytes that are no share, or shares that give no secret
     ├── EncodingError             values cannot be put into the ring, or a sum cannot come out of it
     ├── ProtocolStateError        a method was called out of order, or a machine was used twice
@@ -21,7 +23,10 @@
         ├── OwnKeysMissing        the key directory lacks the client's own advertisement, or has another one
         ├── ShareRejected         a sealed share does not open, or holds no share
         ├── SurvivorsRejected     the survivor list is impossible: it lacks the client, or names an outsider
-        └── ReconstructionFailed  shares do not give the secret that its owner committed to
+        ├── ReconstructionFailed  shares do not give the secret that its owner committed to
+        ├── DealerMissing         the client that was to deal the CKKS key fell silent
+        ├── KeyRejected           the dealt CKKS key does not open, or is not the one that was committed to
+        └── DecryptionDisputed    too few clients agree on what the encrypted sum decrypts to
 
 What an error means for the machine that raised it: a *server* that raises a `MessageError` has ignored the
 message and goes on, as if the client had stayed silent. Every other error of a server, apart from
@@ -50,6 +55,14 @@ class CryptoError(Exception):
 
 class ParameterError(CryptoError):
     """An argument, a context, a roster or a key file is not acceptable."""
+
+
+class InsecureParameters(ParameterError):
+    """A modulus is too large for its polynomial degree: the scheme would have less than 128 bits of security."""
+
+
+class CkksUnavailable(CryptoError):
+    """CKKS was asked for, and TenSEAL is not installed."""
 
 
 class InvalidShare(CryptoError):
@@ -140,3 +153,25 @@ class ReconstructionFailed(ProtocolAbort):
         super().__init__(message, hint=hint)
         self.owner = owner
         self.holders = tuple(holders)
+
+
+class DealerMissing(ProtocolAbort):
+    """The client that was to deal the CKKS key fell silent; another attempt has another directory, hence a new draw."""
+
+
+class KeyRejected(ProtocolAbort):
+    """The dealt CKKS key does not open under this transcript, or is not the one that the dealer committed to."""
+
+
+class DecryptionDisputed(ProtocolAbort):
+    """Too few clients agree on what the encrypted sum decrypts to: somebody lied, or too many fell silent.
+
+    Attributes:
+        largest: how many gave the same answer.
+        answers: how many answered.
+    """
+
+    def __init__(self, message: str, *, largest: int, answers: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.largest = largest
+        self.answers = answers

@@ -41,12 +41,35 @@ class Label(Enum):
     SELF_COMMITMENT = "fedpt-secagg/1 self mask commitment"
 
 
+class CkksLabel(Enum):
+    """The same for aggregation under CKKS, which is a protocol of its own (`docs/ckks.md`)."""
+
+    SESSION = "fedpt-ckks/1 session"
+    DIRECTORY = "fedpt-ckks/1 key directory"
+    DEALER = "fedpt-ckks/1 choice of the dealer"
+    SIGN_ADVERTISEMENT = "fedpt-ckks/1 sign advertisement"
+    SIGN_DEAL = "fedpt-ckks/1 sign dealt key"
+    SIGN_READY = "fedpt-ckks/1 sign readiness"
+    SIGN_VECTOR = "fedpt-ckks/1 sign encrypted vector"
+    SIGN_SURVIVORS = "fedpt-ckks/1 sign survivors and their sum"
+    SIGN_DECRYPTION = "fedpt-ckks/1 sign decryption"
+    CIPHERTEXTS = "fedpt-ckks/1 ciphertexts"
+    SEALED_KEYS = "fedpt-ckks/1 sealed group keys"
+    ANSWER = "fedpt-ckks/1 decrypted values"
+    SEAL_KEY = "fedpt-ckks/1 key that seals the group key"
+    SEAL_DATA = "fedpt-ckks/1 associated data of the group key"
+    ENVELOPE_KEY = "fedpt-ckks/1 key that seals the CKKS key"
+    ENVELOPE_DATA = "fedpt-ckks/1 associated data of the CKKS key"
+    KEY_COMMITMENT = "fedpt-ckks/1 group key commitment"
+    FLOODING = "fedpt-ckks/1 flooding noise key"
+
+
 def integer(value: int) -> bytes:
     """`value` as eight big-endian bytes, the only form in which numbers are hashed."""
     return value.to_bytes(8, "big")
 
 
-def digest(label: Label, parts: Iterable[bytes | memoryview]) -> bytes:
+def digest(label: Label | CkksLabel, parts: Iterable[bytes | memoryview]) -> bytes:
     """SHA-256 over the label and the parts, each preceded by its length in eight bytes.
 
     The framing is injective: two different sequences of parts never give the same hash input.
@@ -58,7 +81,7 @@ def digest(label: Label, parts: Iterable[bytes | memoryview]) -> bytes:
     return state.digest()
 
 
-def derive_key(secret: bytes | bytearray, *, salt: bytes, label: Label, parts: Iterable[bytes]) -> bytes:
+def derive_key(secret: bytes | bytearray, *, salt: bytes, label: Label | CkksLabel, parts: Iterable[bytes]) -> bytes:
     """HKDF-SHA256 (RFC 5869) of a secret: 32 bytes, bound to `salt`, `label` and `parts`.
 
     Args:
