@@ -7,6 +7,7 @@
     ├── ModelError                    5   weights or tokenizer missing, corrupt or incompatible
     ├── PrivacyError                  6   the privacy asked for cannot be given
     │   ├── BudgetExceeded            6   a client's own budget would be passed
+    │   │   └── UnitNotCovered        6   a client's budget is for more than the work asked for protects
     │   ├── AlreadyReleased           6   a client has already given its update to this round
     │   └── LedgerError               6   a client's ledger is missing, damaged, or cannot be written
     ├── RoundError                    7   secure aggregation stopped; nothing was revealed
@@ -66,7 +67,20 @@ class PrivacyError(FedptError):
 
 
 class BudgetExceeded(PrivacyError):
-    """Work would pass a client's own budget; the client declines."""
+    """Work would pass a client's own budget; the client declines.
+
+    Attributes:
+        decline_code: the one word of the reason that leaves the client. The message names what was spent, which tells
+            of other runs and servers, and stays with the owner.
+    """
+
+    decline_code = "budget"
+
+
+class UnitNotCovered(BudgetExceeded):
+    """A client's budget is for everything it has, and the work asked for protects single records."""
+
+    decline_code = "unit"
 
 
 class AlreadyReleased(PrivacyError):

@@ -39,6 +39,27 @@ def write_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     sync_directory(path.parent)
 
 
+def create_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Write a file that is not there yet; its content is on disk when this returns, its name with `sync_directory`.
+
+    Guarantees: `path` is never replaced and never seen half written; of two processes that create it, one does.
+
+    Raises:
+        FileExistsError: there is one already.
+        OSError: the disk is full, the place not writable, or its file system has no links.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
+    try:
+        with os.fdopen(handle, "wb") as partial:
+            partial.write(content)
+            partial.flush()
+            os.fsync(partial.fileno())
+        os.chmod(name, mode)
+        os.link(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
 def write_text(path: Path, content: str, *, mode: int = 0o644) -> None:
     """`write_bytes` of UTF-8 text."""
     write_bytes(path, content.encode(), mode=mode)

@@ -25,8 +25,8 @@ SMALLEST_NOISE_MULTIPLIER = 0.2
 SMALLEST_DELTA = 1e-12
 """The accountant leaves out probability near 1e-15; below this delta its answer would rest on what it left out."""
 SLACK_PER_STEP = 1e-6
-"""Added to the privacy loss of every step: what a mechanism on a grid may differ by from the Gaussian of real numbers that
-is accounted for (docs/privacy.md, "Noise born in pieces"). The ring mechanism refuses parameters that need more."""
+"""Added to the privacy loss of every step: what a mechanism on a grid may differ by from the Gaussian of real numbers
+that is accounted for (docs/privacy.md, "Noise born in pieces"). The ring mechanism refuses to need more."""
 _CALIBRATION_STEP = 1.001  # noise multipliers are searched on a geometric grid this fine
 _DISCRETISATION = 1e-4  # of the privacy loss; any value gives an upper bound, a finer one a tighter bound
 _SEARCH_DISCRETISATION = 1e-3
@@ -71,7 +71,7 @@ def epsilon_spent(spent: tuple[GaussianSteps, ...], *, delta: float, discretisat
     Raises:
         PrivacyError: delta is not in (0, 1).
     """
-    _check_delta(delta)
+    check_delta(delta)
     spent = tuple(item for item in spent if item.steps)
     slack = SLACK_PER_STEP * sum(item.steps for item in spent)
     delta *= math.exp(-2 * slack)  # the slack weighs on delta as well
@@ -103,7 +103,7 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
     Raises:
         PrivacyError: the promise cannot be met by any reasonable noise; the message says what would.
     """
-    _check_delta(delta)
+    check_delta(delta)
     if math.isnan(epsilon) or epsilon <= 0:
         raise PrivacyError(f"epsilon {epsilon} is not above 0")
     if math.isinf(epsilon):
@@ -170,13 +170,16 @@ def merge(spent: tuple[GaussianSteps, ...]) -> tuple[GaussianSteps, ...]:
 
 def round_up(epsilon: float, digits: int = 3) -> float:
     """Round an epsilon for printing, never down."""
-    if not math.isfinite(epsilon):
-        return epsilon
     scale: float = 10.0**digits
-    return math.ceil(epsilon * scale) / scale
+    if not math.isfinite(epsilon * scale):
+        return epsilon
+    units = math.ceil(epsilon * scale)
+    # The product may have been rounded down to a whole number.
+    return units / scale if units / scale >= epsilon else (units + 1) / scale
 
 
-def _check_delta(delta: float) -> None:
+def check_delta(delta: float) -> None:
+    """Refuse a delta that is no probability, or too small for the accountant."""
     if not SMALLEST_DELTA <= delta < 1:
         raise PrivacyError(
             f"delta {delta} is not in [{SMALLEST_DELTA:g}, 1)", hint="a common choice is 1e-5, below 1/records"

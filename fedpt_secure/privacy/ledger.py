@@ -1,126 +1,158 @@
-"""A client's own record of what its data was used for, on its own disk.
+"""A client's own record of what its data was used for, and of what its owner allows, on its own disk.
 
-One row of `releases` is one noised update for one round of one run. The row and the update itself are committed in one
-transaction *before* any byte of the update leaves. So
+One row of `releases` is one noised update for one round of one run. The row is committed *before* any byte of the
+update leaves. So a crash before the commit costs nothing, because nothing left the device and the noise that was drawn
+is gone; a crash after it counts a release that may never have left. The ledger over-counts, it never under-counts.
 
-- a crash before the commit: nothing left the device, nothing is counted, the noise that was drawn is gone;
-- a crash after it: the release is counted once, and a restarted round sends the *same* update (`pending`), never a
-  second one with fresh noise, which would be a second release;
-- a round that is over (`settle`) keeps its row and drops the update; asking for it again is refused.
+What may be sent again after a crash depends on where the noise is born:
+
+- `local`: the update carries all the noise its privacy needs, and is committed with the row. A restarted round sends the
+  *same* update (`pending`); repeating an output reveals nothing new.
+- `distributed`, `client`: the update carries a share of the noise only, and is not kept. Two sums of one round over
+  different survivors would hold the same share twice, and their difference would hide single updates behind less noise
+  than was promised. The client sits the round out.
 
 The ledger also remembers which sessions the client has joined and which rounds it has helped to open. Two sums of one
 round over different survivors differ by single updates, so a client opens a round at most once (docs/protocol.md).
+
+The budget is the owner's, over all runs and servers. It lies in the ledger, and no server is asked for it.
 """
 
 from __future__ import annotations
 
+import datetime
+import math
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fedpt_secure.errors import AlreadyReleased, BudgetExceeded, LedgerError
+from fedpt_secure.errors import AlreadyReleased, BudgetExceeded, PrivacyError
 from fedpt_secure.privacy.accounting import GaussianSteps, epsilon_spent, merge, round_up
-
-_FORMAT = "fedpt-secure ledger 1"
-_SCHEMA = (
-    "CREATE TABLE meta (format TEXT NOT NULL) STRICT",
-    """CREATE TABLE releases (
-        run_id           TEXT    NOT NULL,
-        round_index      INTEGER NOT NULL,
-        noise_multiplier REAL    NOT NULL,
-        sampling_rate    REAL    NOT NULL,
-        steps            INTEGER NOT NULL,
-        noise_is_private INTEGER NOT NULL,
-        pending          BLOB,
-        PRIMARY KEY (run_id, round_index)
-    ) STRICT""",
-    """CREATE TABLE sessions (
-        run_id TEXT NOT NULL, round_index INTEGER NOT NULL, attempt INTEGER NOT NULL,
-        PRIMARY KEY (run_id, round_index, attempt)
-    ) STRICT""",
-    """CREATE TABLE opened (
-        run_id TEXT NOT NULL, round_index INTEGER NOT NULL, PRIMARY KEY (run_id, round_index)
-    ) STRICT""",
-)
+from fedpt_secure.privacy.budget import Budget, Mode, Unit, charge
+from fedpt_secure.privacy.ledger_file import NAME, LedgerFile, append
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """One row: what was released, and whether its noise was secret."""
+    """One row: what was released, by which mechanism, and whether its noise was secret."""
 
     round_index: int
     spent: GaussianSteps
+    mode: Mode
     noise_is_private: bool
 
 
 class Ledger:
-    """The releases of one client's data set, append-only.
+    """The releases of one client's data set and its owner's budget, append-only.
+
+    **Guarantees** What `release` returned from is counted for good, against the owner's last budget. Processes that use
+    one ledger at once cannot together pass the budget.
+
+    **Assumptions** The client's disk keeps what it has flushed. The file is not replaced by an older copy of itself.
 
     Args:
         directory: the client's own, with a ledger in it (`create`).
-        epsilon, delta: the client's budget over everything in this ledger; infinity for no limit.
 
     Raises:
-        LedgerError: there is no ledger, or it is damaged. A missing ledger is never replaced by an empty one, which
-            would forget what was spent.
+        LedgerError: there is no ledger, or it is damaged, changed by hand, or of another version. A missing ledger is
+            never replaced by an empty one, which would forget what was spent.
     """
 
-    def __init__(self, directory: Path, *, epsilon: float, delta: float) -> None:
-        self._path = directory / "ledger.sqlite"
-        self._epsilon = epsilon
-        self._delta = delta
-        with self._transaction() as connection:
-            if connection.execute("SELECT format FROM meta").fetchall() != [(_FORMAT,)]:
-                raise LedgerError(f"{self._path} is not a ledger of this program's format")
+    def __init__(self, directory: Path) -> None:
+        self._file = LedgerFile(directory / NAME)
+        self._names_are_durable = False
 
     @classmethod
-    def create(cls, directory: Path, *, epsilon: float, delta: float) -> Ledger:
-        """Begin a data set's ledger, with access for its owner only; one that is there already is opened instead.
+    def create(cls, directory: Path, *, budget: Budget) -> Ledger:
+        """Begin a data set's ledger, with access for its owner only.
+
+        One that is there already is opened instead, and keeps its own budget: only its owner changes that, by
+        `set_budget`.
 
         Raises:
             LedgerError: it cannot be written, or what is there is damaged.
         """
-        path = directory / "ledger.sqlite"
-        try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not path.exists():
-                path.touch(mode=0o600)
-                with _connection(path) as connection:
-                    for statement in _SCHEMA:
-                        connection.execute(statement)
-                    connection.execute("INSERT INTO meta VALUES (?)", (_FORMAT,))
-        except (OSError, sqlite3.Error) as error:
-            path.unlink(missing_ok=True)
-            raise LedgerError(f"cannot begin the ledger {path}: {error}") from error
-        return cls(directory, epsilon=epsilon, delta=delta)
+        path = directory / NAME
+        if not path.exists():
+            LedgerFile.create(path, budget=_budget_row(budget))
+        return cls(directory)
+
+    @property
+    def budget(self) -> Budget:
+        """The budget in force: the last one that was set."""
+        return self.budgets()[-1]
+
+    def budgets(self) -> tuple[Budget, ...]:
+        """Every budget there ever was, the first one first."""
+        with self._file.transaction() as connection:
+            return _budgets(connection)
+
+    def set_budget(self, budget: Budget, *, confirm_raise: bool = False) -> float:
+        """Replace the budget; the one before stays visible.
+
+        A budget below what is spent is taken: it cannot undo anything, but declines all further work.
+
+        Args:
+            confirm_raise: the owner agrees that more than before may be spent.
+
+        Returns:
+            What is spent, in the new budget's unit and at its delta.
+
+        Raises:
+            UnitNotCovered: the new unit is the client and record-level releases were made, whose cost to the client as
+                a whole nobody knows.
+            PrivacyError: more is allowed than before, without `confirm_raise`.
+        """
+        with self._file.transaction() as connection:
+            before = _budgets(connection)[-1]
+            spent = epsilon_spent(_history(connection, budget.unit), delta=budget.delta)
+            if budget.allows_more_than(before) and not confirm_raise:
+                raise PrivacyError(
+                    f"epsilon {budget.epsilon:g} at delta {budget.delta:g} for a {budget.unit} allows more than the "
+                    f"budget in force, epsilon {before.epsilon:g} at delta {before.delta:g} for a {before.unit}; what is "
+                    "spent is never given back",
+                    hint="if the data's owner agrees: --confirm-raise",
+                )
+            append(connection, "budgets", _budget_row(budget), refusal="")
+        return spent
 
     def history(self) -> tuple[GaussianSteps, ...]:
-        """Everything the data was used for, over all runs, equal mechanisms added up."""
-        with self._transaction() as connection:
-            return _history(connection)
+        """Everything the data was used for, over all runs, as charged to the budget; equal mechanisms added up."""
+        with self._file.transaction() as connection:
+            return _history(connection, _budgets(connection)[-1].unit)
+
+    def spent(self) -> float:
+        """Epsilon spent so far, in the budget's unit and at its delta; an upper bound."""
+        with self._file.transaction() as connection:
+            budget = _budgets(connection)[-1]
+            return epsilon_spent(_history(connection, budget.unit), delta=budget.delta)
+
+    def runs(self) -> tuple[str, ...]:
+        """The runs that something was released to, in order of their first release."""
+        with self._file.transaction() as connection:
+            rows = connection.execute("SELECT run_id FROM releases GROUP BY run_id ORDER BY min(entry)").fetchall()
+        return tuple(row[0] for row in rows)
 
     def releases(self, run_id: str) -> tuple[Release, ...]:
         """The releases to one run, by round."""
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             rows = connection.execute(
-                "SELECT round_index, noise_multiplier, sampling_rate, steps, noise_is_private FROM releases "
+                "SELECT round_index, noise_multiplier, sampling_rate, steps, mode, noise_is_private FROM releases "
                 "WHERE run_id = ? ORDER BY round_index",
                 (run_id,),
             ).fetchall()
-        return tuple(Release(row[0], GaussianSteps(*row[1:4]), bool(row[4])) for row in rows)
+        return tuple(Release(row[0], GaussianSteps(*row[1:4]), row[4], bool(row[5])) for row in rows)
 
     def pending(self, run_id: str, round_index: int) -> npt.NDArray[np.float64] | None:
-        """The update already released for a round that is not over yet, or None if there is none.
+        """The update already released for a round that is not over yet, or None if nothing was released.
 
         Raises:
-            AlreadyReleased: the round is over; its update is gone and must not be made again.
+            AlreadyReleased: something was, and cannot be sent again: the round is over, or its noise was a share.
         """
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             row = connection.execute(
                 "SELECT pending FROM releases WHERE run_id = ? AND round_index = ?", (run_id, round_index)
             ).fetchone()
@@ -133,37 +165,66 @@ class Ledger:
             )
         return np.frombuffer(row[0], dtype="<f8").astype(np.float64)
 
-    def check(self, request: GaussianSteps) -> None:
+    def check(self, request: GaussianSteps, *, mode: Mode) -> None:
         """Decline work that would pass the budget.
 
         Raises:
             BudgetExceeded: with the epsilon that would be reached and the budget.
+            UnitNotCovered: the budget is for the whole client, the work protects single records.
         """
-        with self._transaction() as connection:
-            self._check(connection, request)
+        with self._file.transaction() as connection:
+            _check(connection, charge(request, mode, _budgets(connection)[-1].unit))
 
     def release(
         self,
         run_id: str,
         round_index: int,
         spent: GaussianSteps,
-        update: npt.NDArray[np.float64],
+        update: npt.NDArray[np.float64] | None,
         *,
+        mode: Mode,
         noise_is_private: bool,
     ) -> None:
-        """Count a release and keep its update until the round is over; on disk when this returns.
+        """Count a release; on disk when this returns, and before a byte of it may leave.
 
         The budget is checked in the same transaction, so that two processes cannot both spend the rest of it.
+
+        Args:
+            spent: what the release costs a unit of `mode`, in the worst case that the client agreed to.
+            update: in mode `local`, what is kept until the round is over, to be sent again after a crash; None in the
+                other modes, whose updates must not be sent twice.
 
         Raises:
             BudgetExceeded: the budget would be passed; nothing is counted and nothing may leave.
             AlreadyReleased: this round already has a release.
+            PrivacyError: an update to keep in a mode that must not repeat it.
         """
-        content = np.ascontiguousarray(update, dtype="<f8").tobytes()
-        row = (run_id, round_index, spent.noise_multiplier, spent.sampling_rate, spent.steps, noise_is_private, content)
-        with self._transaction() as connection:
-            self._check(connection, spent)
-            self._insert(connection, "releases", row, f"round {round_index} of run {run_id} already has a release")
+        if (update is not None) != (mode == "local"):
+            raise PrivacyError(
+                f"a release of mode {mode} with{'' if update is not None else 'out'} an update to keep: only in mode "
+                "local does an update carry all the noise that repeating it needs"
+            )
+        row = (
+            run_id,
+            round_index,
+            float(spent.noise_multiplier),
+            float(spent.sampling_rate),
+            int(spent.steps),
+            mode,
+            int(noise_is_private),
+        )
+        if not self._names_are_durable:
+            self._file.sync_names()
+            self._names_are_durable = True
+        with self._file.transaction() as connection:
+            _check(connection, charge(spent, mode, _budgets(connection)[-1].unit))
+            append(
+                connection,
+                "releases",
+                row,
+                refusal=f"round {round_index} of run {run_id} already has a release",
+                pending=None if update is None else np.ascontiguousarray(update, dtype="<f8").tobytes(),
+            )
 
     def settle(self, run_id: str, *, rounds_done: int) -> None:
         """Rounds below `rounds_done` are over, completed or aborted: drop their updates, keep the count.
@@ -171,7 +232,7 @@ class Ledger:
         Call it after the server has made the round's result durable, never before: until then a restarted round
         needs the same update again.
         """
-        with self._transaction() as connection:
+        with self._file.transaction() as connection:
             connection.execute(
                 "UPDATE releases SET pending = NULL WHERE run_id = ? AND round_index < ? AND pending IS NOT NULL",
                 (run_id, rounds_done),
@@ -183,10 +244,10 @@ class Ledger:
         Raises:
             AlreadyReleased: it has joined this attempt before, or has helped to open the round.
         """
-        with self._transaction() as connection:
-            self._refuse_opened(connection, run_id, round_index)
+        with self._file.transaction() as connection:
+            _refuse_opened(connection, run_id, round_index)
             again = f"attempt {attempt} of round {round_index} was joined before"
-            self._insert(connection, "sessions", (run_id, round_index, attempt), again)
+            append(connection, "sessions", (run_id, round_index, attempt), refusal=again)
 
     def open_round(self, run_id: str, round_index: int) -> None:
         """Note, before they leave, that the client reveals the shares that open a round's sum.
@@ -194,65 +255,47 @@ class Ledger:
         Raises:
             AlreadyReleased: it has done so before.
         """
-        with self._transaction() as connection:
-            self._refuse_opened(connection, run_id, round_index)
-            self._insert(connection, "opened", (run_id, round_index), "the round was opened before")
-
-    @staticmethod
-    def _refuse_opened(connection: sqlite3.Connection, run_id: str, round_index: int) -> None:
-        query = "SELECT 1 FROM opened WHERE run_id = ? AND round_index = ?"
-        if connection.execute(query, (run_id, round_index)).fetchone():
-            raise AlreadyReleased(
-                f"this client has helped to open round {round_index} already; a second sum over the same updates would "
-                "give single updates away",
-                hint="the round counts as lost; go on with the next one",
-            )
-
-    @staticmethod
-    def _insert(connection: sqlite3.Connection, table: str, row: tuple[object, ...], refusal: str) -> None:
-        places = ", ".join("?" * len(row))
-        try:
-            connection.execute(f"INSERT INTO {table} VALUES ({places})", row)  # noqa: S608 (names of our own tables)
-        except sqlite3.IntegrityError:
-            raise AlreadyReleased(refusal) from None
-
-    def _check(self, connection: sqlite3.Connection, request: GaussianSteps) -> None:
-        if np.isinf(self._epsilon):
-            return
-        reached = epsilon_spent(merge((*_history(connection), request)), delta=self._delta)
-        if reached > self._epsilon:
-            raise BudgetExceeded(
-                f"this work would bring the client to epsilon {round_up(reached)} at delta {self._delta:g}; "
-                f"its budget is {self._epsilon:g}",
-                hint="the client sits out; raise its budget only if its owner agrees",
-            )
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with _connection(self._path) as connection:
-                yield connection
-        except sqlite3.Error as error:
-            raise LedgerError(
-                f"the client's ledger {self._path} cannot be used: {error}",
-                hint="nothing was sent; restore the file: without it a client cannot know what it has spent",
-            ) from error
+        with self._file.transaction() as connection:
+            _refuse_opened(connection, run_id, round_index)
+            append(connection, "opened", (run_id, round_index), refusal="the round was opened before")
 
 
-@contextmanager
-def _connection(path: Path) -> Iterator[sqlite3.Connection]:
-    """One transaction, committed to disk when the block ends without an exception. Never creates the file."""
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=30)
-    try:
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA secure_delete = ON")
-        connection.execute("BEGIN IMMEDIATE")
-        with connection:
-            yield connection
-    finally:
-        connection.close()
+def _refuse_opened(connection: sqlite3.Connection, run_id: str, round_index: int) -> None:
+    query = "SELECT 1 FROM opened WHERE run_id = ? AND round_index = ?"
+    if connection.execute(query, (run_id, round_index)).fetchone():
+        raise AlreadyReleased(
+            f"this client has helped to open round {round_index} already; a second sum over the same updates would "
+            "give single updates away",
+            hint="the round counts as lost; go on with the next one",
+        )
 
 
-def _history(connection: sqlite3.Connection) -> tuple[GaussianSteps, ...]:
-    rows = connection.execute("SELECT noise_multiplier, sampling_rate, steps FROM releases").fetchall()
-    return merge(tuple(GaussianSteps(*row) for row in rows))
+def _check(connection: sqlite3.Connection, charged: GaussianSteps) -> None:
+    budget = _budgets(connection)[-1]
+    if math.isinf(budget.epsilon):
+        return
+    reached = epsilon_spent(merge((*_history(connection, budget.unit), charged)), delta=budget.delta)
+    if reached > budget.epsilon:
+        raise BudgetExceeded(
+            f"this work would bring the client to epsilon {round_up(reached)} at delta {budget.delta:g} for a "
+            f"{budget.unit}; its budget is {budget.epsilon:g}",
+            hint="the client sits out; raise its budget only if its owner agrees: `fedpt-secure ledger set-budget`",
+        )
+
+
+def _history(connection: sqlite3.Connection, unit: Unit) -> tuple[GaussianSteps, ...]:
+    rows = connection.execute(
+        "SELECT noise_multiplier, sampling_rate, mode, sum(steps) FROM releases GROUP BY 1, 2, 3"
+    ).fetchall()
+    return merge(tuple(charge(GaussianSteps(row[0], row[1], row[3]), row[2], unit) for row in rows))
+
+
+def _budgets(connection: sqlite3.Connection) -> tuple[Budget, ...]:
+    rows = connection.execute("SELECT epsilon, delta, unit, set_at, set_by FROM budgets ORDER BY entry").fetchall()
+    return tuple(Budget(*row) for row in rows)
+
+
+def _budget_row(budget: Budget) -> tuple[float, float, str, str, str]:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    stamped = replace(budget, set_at=now)
+    return float(stamped.epsilon), float(stamped.delta), stamped.unit, stamped.set_at, stamped.set_by

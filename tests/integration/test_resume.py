@@ -120,7 +120,7 @@ def test_a_killed_private_run_sends_the_same_update_again_and_spends_once(tiny_c
     run_id = RunDirectory.open(tmp_path / "run").load_checkpoint().run_id.hex()
 
     def pending(round_index):
-        ledgers = {path.name: Ledger(path, epsilon=4.0, delta=1e-5) for path in clients.iterdir()}
+        ledgers = {path.name: Ledger(path) for path in clients.iterdir()}
         return {name: ledger.pending(run_id, round_index) for name, ledger in ledgers.items()}
 
     before = {name: update.tobytes() for name, update in pending(1).items() if update is not None}
