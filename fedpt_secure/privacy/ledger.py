@@ -6,8 +6,8 @@ is gone; a crash after it counts a release that may never have left. The ledger 
 
 What may be sent again after a crash depends on where the noise is born:
 
-- `local`: the update carries all the noise its privacy needs, and is committed with the row. A restarted round sends the
-  *same* update (`pending`); repeating an output reveals nothing new.
+- `local`: the update carries all the noise its privacy needs, and is committed with the row. A restarted round sends
+  the *same* update (`pending`); repeating an output reveals nothing new.
 - `distributed`, `client`: the update carries a share of the noise only, and is not kept. Two sums of one round over
   different survivors would hold the same share twice, and their difference would hide single updates behind less noise
   than was promised. The client sits the round out.
@@ -112,8 +112,8 @@ class Ledger:
             if budget.allows_more_than(before) and not confirm_raise:
                 raise PrivacyError(
                     f"epsilon {budget.epsilon:g} at delta {budget.delta:g} for a {budget.unit} allows more than the "
-                    f"budget in force, epsilon {before.epsilon:g} at delta {before.delta:g} for a {before.unit}; what is "
-                    "spent is never given back",
+                    f"budget in force, epsilon {before.epsilon:g} at delta {before.delta:g} for a {before.unit}; "
+                    "what is spent is never given back",
                     hint="if the data's owner agrees: --confirm-raise",
                 )
             append(connection, "budgets", _budget_row(budget), refusal="")

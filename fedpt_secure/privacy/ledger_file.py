@@ -104,9 +104,8 @@ class LedgerFile:
             damage = connection.execute("PRAGMA quick_check(1)").fetchall()
             if damage != [("ok",)]:
                 raise self._damaged(str(damage[0][0]))
-            pages, page_bytes = (
-                connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size")
-            )
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()
+            (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
             if path.stat().st_size != pages * page_bytes:
                 raise self._damaged("the file was cut short")
 
@@ -189,8 +188,8 @@ class LedgerFile:
             return LedgerError(
                 f"{self.path} was written by an earlier version of this program ({given}; this one writes {FORMAT}), "
                 "which kept no budget in it",
-                hint="note what it has spent, keep the file elsewhere, and begin a new one with a budget smaller by that: "
-                "`fedpt-secure ledger set-budget DIR --create --epsilon E`",
+                hint="note what it has spent, keep the file elsewhere, and begin a new one with a budget smaller by "
+                "that: `fedpt-secure ledger set-budget DIR --create --epsilon E`",
             )
         if given.startswith(_FAMILY):
             return LedgerError(
@@ -218,9 +217,11 @@ def append(connection: sqlite3.Connection, table: str, row: Row, *, refusal: str
         AlreadyReleased: a row of the same key is there.
     """
     chain = _Chain(*connection.execute("SELECT entries, head FROM meta").fetchone())
-    columns, values = ["entry", *_COLUMNS[table]], [chain.entries, *row]
+    columns: list[str] = ["entry", *_COLUMNS[table]]
+    values: list[str | int | float | bytes] = [chain.entries, *row]
     if pending is not None:
-        columns, values = [*columns, "pending"], [*values, pending]
+        columns.append("pending")
+        values.append(pending)
     places = ", ".join("?" * len(values))
     try:
         connection.execute(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})", values)  # noqa: S608 (ours)
@@ -235,8 +236,8 @@ def _connection(path: Path) -> Iterator[sqlite3.Connection]:
     """One transaction, committed to disk when the block ends without an exception. Never creates the file."""
     connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=30)
     try:
-        # In the default mode, DELETE, a power cut just after the commit can bring the journal back and undo it: unlinking
-        # is not flushed. Truncating is, at synchronous = FULL.
+        # In the default mode, DELETE, a power cut just after the commit can bring the journal back and undo it:
+        # unlinking is not flushed. Truncating is, at synchronous = FULL.
         connection.execute("PRAGMA journal_mode = TRUNCATE")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA secure_delete = ON")

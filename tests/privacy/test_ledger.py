@@ -1,4 +1,4 @@
-"""The ledger counts every release before it leaves, never twice, never less than happened; its budget is the owner's."""
+"""The ledger counts every release before it leaves, never twice or less; its budget is the owner's."""
 
 from __future__ import annotations
 
@@ -153,9 +153,10 @@ def test_a_budget_for_the_whole_client_declines_record_level_work(tmp_path):
     assert book.history() == (STEP,)
 
 
-def test_a_client_level_release_may_not_claim_a_sampled_cohort():
-    with pytest.raises(PrivacyError, match="the server knows who was asked"):
-        charge(GaussianSteps(2.0, 0.1, 1), "client", "client")
+def test_sampling_clients_amplifies_a_clients_promise_and_not_its_records():
+    sampled = GaussianSteps(2.0, 0.1, 1)
+    assert charge(sampled, "client", "client") == sampled
+    assert charge(sampled, "client", "record") == GaussianSteps(1.0, 1.0, 1)
 
 
 def test_each_release_remembers_its_mode_and_whether_its_noise_was_secret(tmp_path):
