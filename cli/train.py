@@ -32,9 +32,26 @@ def train(
         None, help="Privacy of a record over the whole run; inf for none. [default: 4]", rich_help_panel=PRIVACY
     ),
     delta: float | None = typer.Option(None, help="[default: 1e-05]", rich_help_panel=PRIVACY),
-    clip_norm: float | None = typer.Option(None, help="L2 clip of a record's gradient.", rich_help_panel=PRIVACY),
+    privacy: str | None = typer.Option(
+        None,
+        help="local: each client's own noise protects its records. distributed: the cohort's noise does, where at most "
+        "--corrupt-fraction collude. client: so are all of a client's records at once. [default: local]",
+        rich_help_panel=PRIVACY,
+    ),
+    corrupt_fraction: float | None = typer.Option(
+        None, help="Share of a cohort that may collude with the server. [default: 0.1]", rich_help_panel=PRIVACY
+    ),
+    clip_norm: float | None = typer.Option(
+        None, help="L2 clip of a record's gradient, or of a client's update.", rich_help_panel=PRIVACY
+    ),
+    clipping: str | None = typer.Option(
+        None, help="fixed, or quantile: the clip norm follows a private quantile.", rich_help_panel=PRIVACY
+    ),
+    clip_quantile: float | None = typer.Option(
+        None, help="Of the norms, with --clipping quantile. [default: 0.5]", rich_help_panel=PRIVACY
+    ),
     sampling_rate: float | None = typer.Option(
-        None, help="Public chance that a record is in a step.", rich_help_panel=PRIVACY
+        None, help="Public chance that a record (or a client) is in a step.", rich_help_panel=PRIVACY
     ),
     data: str | None = typer.Option(
         None,
@@ -141,9 +158,13 @@ def train(
             "models": {"small": small, "large": large, "device": device, "context_length": context_length},
             "lora": {"rank": lora_rank, "layers": lora_layers},
             "privacy": {
+                "mode": privacy,
                 "epsilon": epsilon,
                 "delta": delta,
+                "corrupt_fraction": corrupt_fraction,
                 "clip_norm": clip_norm,
+                "clipping": clipping,
+                "clip_quantile": clip_quantile,
                 "sampling_rate": sampling_rate,
             },
             "federation": {

@@ -15,6 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedpt_secure import files
+from fedpt_secure.crypto import default_threshold
 from fedpt_secure.errors import ConfigError, RunDirectoryError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -125,8 +126,9 @@ class LoraSettings(Settings):
 class PrivacyConfig(Settings):
     """What is promised, and the mechanism's public constants."""
 
-    mode: Literal["local"] = "local"
-    """`local`: one example is protected, and each client's own noise suffices (no trust in anybody)."""
+    mode: Literal["local", "distributed", "client"] = "local"
+    """`local`: a record is protected, and each client's own noise suffices (no trust in anybody). `distributed`: a
+    record is protected, by the noise of all honest survivors together. `client`: so is a whole client."""
     epsilon: Annotated[float, Field(gt=0)] = 4.0
     """The promise over the whole run, per example; `inf` trains without privacy."""
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
@@ -135,7 +137,24 @@ class PrivacyConfig(Settings):
     """L2 norm each example's gradient is clipped to."""
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Public probability with which a client's record takes part in a step (Poisson sampling); 1 takes all, which
-    gives small clients the most signal for their noise (docs/privacy.md)."""
+    gives small clients the most signal for their noise (docs/privacy.md). In mode `client`: with which a client of the
+    cohort contributes to a round, by a coin that only it sees."""
+    corrupt_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """Modes `distributed` and `client`: share of a cohort that may collude with the server; their noise is not counted
+    on."""
+    clipping: Literal["fixed", "quantile"] = "fixed"
+    """`quantile`: the clip norm follows a private quantile of the units' norms (modes `distributed` and `client`)."""
+    clip_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    clip_learning_rate: Annotated[float, Field(gt=0, le=2)] = 0.2
+    """Of the geometric update of an adaptive clip norm."""
+
+    @model_validator(mode="after")
+    def _sums_carry_the_count(self) -> PrivacyConfig:
+        if self.mode == "local" and self.clipping != "fixed":
+            raise ValueError(
+                "clipping quantile needs a secure sum of noised counts: mode distributed or client, not local"
+            )
+        return self
 
     @field_validator("epsilon")
     @classmethod
@@ -178,6 +197,11 @@ class FederationConfig(Settings):
         if self.cohort is None:
             raise ConfigError("the cohort's size is not settled before the number of clients is known")
         return self.cohort
+
+    @property
+    def agreed_survivors(self) -> int:
+        """Fewest survivors of a round whose sum is opened."""
+        return self.minimum_survivors or default_threshold(self.agreed_cohort)
 
 
 class TrainingConfig(Settings):
@@ -230,6 +254,15 @@ class RunConfig(Settings):
     proxy: ProxyConfig = ProxyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @model_validator(mode="after")
+    def _one_step_a_sum(self) -> RunConfig:
+        if self.privacy.mode == "distributed" and self.training.local_steps != 1:
+            raise ValueError(
+                "training.local_steps must be 1 in mode distributed: its noise exists in the sum only, and a client "
+                "cannot take a second step from what it has not seen"
+            )
+        return self
+
     def for_population(self, clients: int) -> RunConfig:
         """The configuration with the cohort settled for this many clients.
 
@@ -246,6 +279,11 @@ class RunConfig(Settings):
         if federation.minimum_survivors is not None and federation.minimum_survivors > cohort:
             raise ConfigError(f"minimum_survivors {federation.minimum_survivors} is above the cohort of {cohort}")
         return self.model_copy(update={"federation": federation.model_copy(update={"cohort": cohort})})
+
+    @property
+    def corrupt_clients(self) -> int:
+        """How many clients of a round may collude with the server without breaking modes `distributed` and `client`."""
+        return int(self.privacy.corrupt_fraction * self.federation.agreed_cohort)
 
     def to_toml(self) -> str:
         """The whole configuration, defaults included; absent optional settings are left out."""

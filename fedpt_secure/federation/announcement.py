@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from fedpt_secure.errors import RoundError
 
-PROTOCOL = "fedpt-secure/round/1"
+PROTOCOL = "fedpt-secure/round/2"
 MAXIMUM_BYTES = 1 << 30
 
 
@@ -19,6 +19,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, arra
         run_id: 16 random bytes of the run.
         attempt: counts restarts of the server; a restarted round is a new protocol session.
         config_digest: SHA-256 of the run's configuration, which fixes every public constant of the training.
+        clip_norm: what gradients or updates are clipped to in this round.
         adapter: the global adapter, little-endian float32.
     """
 
@@ -31,6 +32,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, arra
     minimum_survivors: int
     ring_bits: int
     config_digest: bytes
+    clip_norm: float
     adapter: bytes
 
     def to_bytes(self) -> bytes:

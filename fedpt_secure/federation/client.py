@@ -11,7 +11,6 @@ import numpy.typing as npt
 from fedpt_secure.config import FederationConfig, RunConfig
 from fedpt_secure.crypto import (
     ClientPolicy,
-    FixedPointEncoding,
     Identity,
     RandomBytes,
     Roster,
@@ -22,16 +21,14 @@ from fedpt_secure.crypto import (
 )
 from fedpt_secure.errors import AlreadyReleased, RoundError
 from fedpt_secure.federation.announcement import Announcement
+from fedpt_secure.federation.mechanisms import RoundMechanism, quantile_clipping
 from fedpt_secure.federation.protocol_errors import as_round_error
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy import (
-    DpSgdSettings,
-    GaussianSteps,
     Ledger,
     NoiseSource,
     Release,
     SmallExample,
-    train_locally,
 )
 
 LARGEST_ADAPTER_ENTRY = 1e4
@@ -46,13 +43,13 @@ class ClientTerms:
         run_id: of the run it joined.
         config: the run's configuration.
         config_digest: SHA-256 of it.
-        noise_multiplier: calibrated to the budget over all rounds the client may be in.
+        mechanism: with noise calibrated to the budget over all rounds the client may be in.
     """
 
     run_id: bytes
     config: RunConfig
     config_digest: bytes
-    noise_multiplier: float
+    mechanism: RoundMechanism
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +113,7 @@ class ClientWorker:
             raise RoundError(
                 f"the server wants a ring of {announcement.ring_bits} bits, agreed were {federation.ring_bits}"
             )
+        self._check_clip_norm(announcement.clip_norm)
         if not 0 <= announcement.round_index < federation.rounds:
             raise RoundError(f"round {announcement.round_index} is not one of the {federation.rounds} agreed rounds")
         vector = announcement.adapter_vector()
@@ -131,7 +129,7 @@ class ClientWorker:
                 cohort=announcement.cohort,
                 roster_digest=self._roster.digest,
                 model_digest=small.weights_digest(vector),
-                vector_length=small.dimension,
+                vector_length=terms.mechanism.vector_length,
                 ring_bits=announcement.ring_bits,
                 threshold=announcement.threshold,
                 minimum_survivors=announcement.minimum_survivors,
@@ -156,19 +154,16 @@ class ClientWorker:
     def train_and_mask(self, inbox: bytes, small: SmallLM) -> bytes:
         """Train, count the release in the ledger, then answer with the masked update.
 
-        A round that was interrupted after the release sends the same update again, under fresh masks.
+        In mode `local` a round that was interrupted after the release sends the same update again, under fresh masks.
 
         Raises:
             BudgetExceeded: the client's own budget would be passed; it declines.
+            AlreadyReleased: it gave its update to an earlier attempt of this round, and must not do so again.
         """
         announcement = self._announced
-        update = self._update(announcement, small)
-        federation, training = self._terms.config.federation, self._terms.config.training
-        encoding = FixedPointEncoding(
-            ring_bits=federation.ring_bits, bound=training.update_bound, cohort=federation.agreed_cohort
-        )
+        released = self._release(announcement, small)
         with as_round_error(f"client {self.client_id}"):
-            vector = encoding.encode(update, random_bytes=self._randomness.rounding(announcement.round_index))
+            vector = self._terms.mechanism.to_ring(released, self._randomness.rounding(announcement.round_index))
             return self._active.mask(inbox, vector)
 
     def confirm(self, survivors: bytes) -> bytes:
@@ -203,33 +198,33 @@ class ClientWorker:
             raise RoundError(f"client {self.client_id} is in no round")
         return self._announcement
 
-    def _update(self, announcement: Announcement, small: SmallLM) -> npt.NDArray[np.float64]:
-        run_id = self._terms.run_id.hex()
-        update = self._ledger.pending(run_id, announcement.round_index)
-        if update is not None:
-            return update
-        privacy, training = self._terms.config.privacy, self._terms.config.training
-        request = GaussianSteps(self._terms.noise_multiplier, privacy.sampling_rate, training.local_steps)
-        self._ledger.check(request)
+    def _check_clip_norm(self, clip_norm: float) -> None:
+        agreed, quantile = self._terms.config.privacy.clip_norm, quantile_clipping(self._terms.config)
+        smallest, largest = (agreed, agreed) if quantile is None else (quantile.smallest, quantile.largest)
+        # Written so that NaN is refused.
+        if not smallest <= clip_norm <= largest:
+            raise RoundError(f"the server wants clip norm {clip_norm}, agreed was {smallest:g} to {largest:g}")
+
+    def _release(self, announcement: Announcement, small: SmallLM) -> npt.NDArray[np.generic]:
+        """Train, and count the release; or, where that is safe, what was released before the round was interrupted."""
+        run_id, round_index = self._terms.run_id.hex(), announcement.round_index
+        mechanism, mode = self._terms.mechanism, self._terms.config.privacy.mode
+        before = self._ledger.pending(run_id, round_index)
+        if before is not None:
+            return before
+        self._ledger.check(mechanism.cost, mode=mode)
         small.load_adapter_vector(announcement.adapter_vector())
-        noise = self._randomness.noise(announcement.round_index)
-        trained = train_locally(
-            small,
-            self._examples,
-            DpSgdSettings(
-                steps=training.local_steps,
-                sampling_rate=privacy.sampling_rate,
-                clip_norm=privacy.clip_norm,
-                noise_multiplier=self._terms.noise_multiplier,
-                normaliser=training.normaliser,
-                learning_rate=training.local_learning_rate,
-            ),
-            noise=noise,
-        )
+        noise = self._randomness.noise(round_index)
+        released = mechanism.release(small, self._examples, clip_norm=announcement.clip_norm, noise=noise)
         self._ledger.release(
-            run_id, announcement.round_index, request, trained.vector, noise_is_private=noise.is_private
+            run_id,
+            round_index,
+            mechanism.cost,
+            released.astype(np.float64) if mechanism.resendable else None,
+            mode=mode,
+            noise_is_private=noise.is_private,
         )
-        return trained.vector
+        return released
 
 
 class _LedgerRegister:
@@ -259,6 +254,6 @@ def _policy(federation: FederationConfig) -> ClientPolicy:
     return ClientPolicy(
         minimum_cohort=federation.agreed_cohort,
         minimum_threshold=threshold,
-        minimum_survivors=federation.minimum_survivors or threshold,
+        minimum_survivors=federation.agreed_survivors,
         tolerated_corruptions=(federation.agreed_cohort - 1) // 3,
     )

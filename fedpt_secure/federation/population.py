@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedpt_secure.config import RunConfig
 from fedpt_secure.crypto import SYSTEM_RANDOM, Identity, InsecureDeterministicBytes, RandomBytes, Roster
@@ -12,9 +13,11 @@ from fedpt_secure.data import FederatedText
 from fedpt_secure.data.simulation import simulation_key
 from fedpt_secure.errors import PrivacyError
 from fedpt_secure.federation.client import ClientRandomness, ClientTerms, ClientWorker
+from fedpt_secure.federation.mechanisms import RoundMechanism
 from fedpt_secure.federation.run_directory import RunDirectory
-from fedpt_secure.federation.schedule import participations
 from fedpt_secure.privacy import (
+    UNITS,
+    Budget,
     InsecureDeterministicRandom,
     Ledger,
     SecureRandom,
@@ -43,11 +46,15 @@ def config_digest(config: RunConfig) -> bytes:
     return hashlib.sha256(config.to_toml().encode()).digest()
 
 
-def calibrate(config: RunConfig, schedule: Sequence[Sequence[str]], largest_client: int) -> float:
+def calibrate(config: RunConfig, *, most_rounds: int, records: Mapping[str, int]) -> float:
     """The noise multiplier that keeps every client within the run's epsilon, or a refusal before anything is trained.
 
+    In the modes whose noise is born in pieces it is the multiplier against the strongest adversary that the promise
+    names: the server together with as many clients as the configuration tolerates.
+
     Args:
-        largest_client: the most training records of any client.
+        most_rounds: that any client takes part in.
+        records: training records by client.
 
     Raises:
         PrivacyError: the promise is meaningless (delta too large) or cannot be met.
@@ -55,18 +62,23 @@ def calibrate(config: RunConfig, schedule: Sequence[Sequence[str]], largest_clie
     privacy = config.privacy
     if privacy.epsilon == float("inf"):
         return 0.0
-    if privacy.delta * largest_client >= 1:
+    # delta must be below one over the number of units among which one could be published outright.
+    units, what = {
+        "local": (max(records.values()), "the largest client's records"),
+        "distributed": (sum(records.values()), "all clients' records"),
+        "client": (len(records), "the number of clients"),
+    }[privacy.mode]
+    if privacy.delta * units >= 1:
         raise PrivacyError(
-            f"delta {privacy.delta:g} is not below 1/{largest_client}, one over the largest client's records: such a "
-            "promise allows publishing a record outright",
-            hint=f"--delta {0.1 / largest_client:.1g}",
+            f"delta {privacy.delta:g} is not below 1/{units}, one over {what}: such a promise allows publishing one "
+            "outright",
+            hint=f"--delta {0.1 / units:.1g}",
         )
-    most = max(participations(schedule).values())
     return calibrate_noise(
         epsilon=privacy.epsilon,
         delta=privacy.delta,
         sampling_rate=privacy.sampling_rate,
-        steps=most * config.training.local_steps,
+        steps=most_rounds * (config.training.local_steps if privacy.mode == "local" else 1),
     )
 
 
@@ -77,7 +89,7 @@ def build_population(
     *,
     scheduled: Collection[str],
     run_id: bytes,
-    noise_multiplier: float,
+    mechanism: RoundMechanism,
     directory: RunDirectory,
     new: bool,
 ) -> Population:
@@ -90,10 +102,13 @@ def build_population(
     Raises:
         LedgerError: a client's ledger is missing or damaged.
     """
-    terms = ClientTerms(run_id, config, config_digest(config), noise_multiplier)
+    terms = ClientTerms(run_id, config, config_digest(config), mechanism)
     identities = {client: Identity.generate() for client in scheduled}
-    budget = {"epsilon": config.privacy.epsilon, "delta": config.privacy.delta}
-    ledger = Ledger.create if new else Ledger
+    budget = Budget(config.privacy.epsilon, config.privacy.delta, UNITS[config.privacy.mode])
+
+    def ledger(directory: Path) -> Ledger:
+        return Ledger.create(directory, budget=budget) if new else Ledger(directory)
+
     roster = Roster({client_id: identity.verify_key_bytes for client_id, identity in identities.items()})
     workers = {
         client.client_id: ClientWorker(
@@ -102,7 +117,7 @@ def build_population(
             terms=terms,
             identity=identities[client.client_id],
             roster=roster,
-            ledger=ledger(directory.client_directory(index), **budget),
+            ledger=ledger(directory.client_directory(index)),
             randomness=client_randomness(config, client.client_id),
         )
         for index, client in enumerate(text.clients)

@@ -20,13 +20,20 @@ from fedpt_secure.errors import LedgerError, ModelError, RoundError
 from fedpt_secure.evaluation import ArmsEvaluation, evaluate_arms
 from fedpt_secure.federation.client import LARGEST_ADAPTER_ENTRY
 from fedpt_secure.federation.local_engine import Transcript, draw_dropouts, run_round
+from fedpt_secure.federation.mechanisms import RingNoiseMechanism, build_mechanism
 from fedpt_secure.federation.population import Population, build_population, calibrate
 from fedpt_secure.federation.run_directory import RunDirectory
-from fedpt_secure.federation.schedule import cohort_schedule
+from fedpt_secure.federation.schedule import cohort_schedule, participations
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.federation.setup import RunModels, load_models
 from fedpt_secure.federation.state import RunState, restore, save
-from fedpt_secure.privacy import PrivacyStatement, SmallExample, example_losses, local_statement
+from fedpt_secure.privacy import (
+    PrivacyStatement,
+    SmallExample,
+    example_losses,
+    local_statement,
+    ring_statement,
+)
 from fedpt_secure.progress import Progress
 
 WATCHED_RECORDS = 64
@@ -76,10 +83,15 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
     schedule = cohort_schedule(
         text.client_ids, rounds=config.federation.rounds, cohort=config.federation.agreed_cohort, seed=config.seed
     )
-    noise_multiplier = calibrate(config, schedule, max(len(client.train) for client in text.clients))
+    noise_multiplier = calibrate(
+        config,
+        most_rounds=max(participations(schedule).values()),
+        records={client.client_id: len(client.train) for client in text.clients},
+    )
     models = load_models(config, cache=cache, progress=progress)
     small = models.small
     train, held_out = _encode(text, models, config)
+    mechanism = build_mechanism(config, noise_multiplier=noise_multiplier, dimension=small.dimension)
     state = restore(directory, config, text, small)
     population = build_population(
         config,
@@ -87,7 +99,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
         train,
         scheduled=set().union(*schedule),
         run_id=state.run_id,
-        noise_multiplier=noise_multiplier,
+        mechanism=mechanism,
         directory=directory,
         new=state.new,
     )
@@ -176,6 +188,8 @@ def _round(
         roster=population.roster,
         adapter=adapter,
         model_digest=small.weights_digest(adapter),
+        mechanism=population.terms.mechanism,
+        clip_norm=state.clip_norm,
     )
     aggregate, transcript = run_round(
         server,
@@ -186,6 +200,7 @@ def _round(
     )
     small.load_adapter_vector(adapter)
     if aggregate is not None:
+        state.clip_norm = aggregate.clip_norm
         moved, state.optimizer = state.optimizer.apply(adapter, aggregate.mean_update)
         if not np.abs(moved).max() <= LARGEST_ADAPTER_ENTRY:
             raise ModelError(
@@ -244,12 +259,33 @@ def _statement(config: RunConfig, population: Population, transcripts: Sequence[
                     f"the ledger of client {client} does not know its update in round {line['round']}",
                     hint="restore the run's clients/ folder; no epsilon can be stated without it",
                 )
+    noise_is_private = all(release.noise_is_private for rows in releases.values() for release in rows)
+    mechanism = population.terms.mechanism
+    if isinstance(mechanism, RingNoiseMechanism):
+        return ring_statement(
+            {client: [release.round_index for release in rows] for client, rows in releases.items()},
+            survivors={line["round"]: len(line["survivors"]) for line in transcripts if line["survivors"]},
+            mechanism=mechanism.ring,
+            by_client=config.privacy.mode == "client",
+            sampling_rate=config.privacy.sampling_rate,
+            delta=config.privacy.delta,
+            clip_norm=_clip_norm_in_words(config),
+            corrupt_clients=config.corrupt_clients,
+            noise_is_private=noise_is_private,
+        )
     return local_statement(
         {client: tuple(release.spent for release in rows) for client, rows in releases.items()},
         delta=config.privacy.delta,
         clip_norm=config.privacy.clip_norm,
-        noise_is_private=all(release.noise_is_private for rows in releases.values() for release in rows),
+        noise_is_private=noise_is_private,
     )
+
+
+def _clip_norm_in_words(config: RunConfig) -> str:
+    privacy = config.privacy
+    if privacy.clipping == "fixed":
+        return f"{privacy.clip_norm:g}"
+    return f"the private {privacy.clip_quantile:g} quantile of earlier rounds (first {privacy.clip_norm:g})"
 
 
 def _adapter_readme(statement: PrivacyStatement, base: str) -> str:

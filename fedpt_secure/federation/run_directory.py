@@ -63,7 +63,7 @@ class Checkpoint:
         model_digest: of the small LM's frozen part.
         config_toml: the settled configuration that the rounds so far were trained with.
         tensors: `adapter`, `first_moment`, `second_moment`, each float [d].
-        scalars: `optimizer_steps`, and `seconds` by phase so far.
+        scalars: `optimizer_steps`, `seconds` by phase so far, and the next round's `clip_norm`.
     """
 
     run_id: bytes
@@ -375,6 +375,9 @@ def _require_whole(checkpoint: Checkpoint) -> None:
     seconds = checkpoint.scalars["seconds"]
     if not isinstance(seconds, dict) or not all(type(s) in (int, float) and math.isfinite(s) for s in seconds.values()):
         raise ValueError(f"seconds are {seconds!r}, not numbers by phase")
+    clip_norm = checkpoint.scalars["clip_norm"]
+    if not (type(clip_norm) in (int, float) and 0 < clip_norm < math.inf):
+        raise ValueError(f"clip_norm is {clip_norm!r}, not a number above 0")
 
 
 def _is_count(value: object) -> bool:

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from fedpt_secure.config import RunConfig
 from fedpt_secure.crypto import (
-    FixedPointEncoding,
     MessageError,
     Roster,
     RoundContext,
@@ -18,14 +17,20 @@ from fedpt_secure.crypto import (
     default_threshold,
 )
 from fedpt_secure.federation.announcement import PROTOCOL, Announcement
+from fedpt_secure.federation.mechanisms import RoundMechanism
 from fedpt_secure.federation.protocol_errors import as_round_error
 
 
 @dataclass(frozen=True, slots=True)
 class RoundAggregate:
-    """What a completed round reveals: the mean update `[d]` over the survivors, and who they are."""
+    """What a completed round reveals: the mean update `[d]` over the survivors, and who they are.
+
+    Attributes:
+        clip_norm: of the next round.
+    """
 
     mean_update: npt.NDArray[np.float64]
+    clip_norm: float
     survivors: tuple[str, ...]
 
 
@@ -48,6 +53,8 @@ class AggregationServer:
         roster: Roster,
         adapter: npt.NDArray[np.float32],
         model_digest: bytes,
+        mechanism: RoundMechanism,
+        clip_norm: float,
     ) -> None:
         federation = config.federation
         threshold = default_threshold(len(cohort))
@@ -58,14 +65,13 @@ class AggregationServer:
             cohort=tuple(cohort),
             roster_digest=roster.digest,
             model_digest=model_digest,
-            vector_length=len(adapter),
+            vector_length=mechanism.vector_length,
             ring_bits=federation.ring_bits,
             threshold=threshold,
             minimum_survivors=federation.minimum_survivors or threshold,
         )
-        self._encoding = FixedPointEncoding(
-            ring_bits=federation.ring_bits, bound=config.training.update_bound, cohort=federation.agreed_cohort
-        )
+        self._mechanism = mechanism
+        self._clip_norm = clip_norm
         self._protocol = SecAggServer(context=self.context, roster=roster)
         self.rejected: list[str] = []
         """One line per message that was refused; its sender counts as silent."""
@@ -79,6 +85,7 @@ class AggregationServer:
             minimum_survivors=self.context.minimum_survivors,
             ring_bits=federation.ring_bits,
             config_digest=config_digest,
+            clip_norm=clip_norm,
             adapter=np.ascontiguousarray(adapter, dtype="<f4").tobytes(),
         ).to_bytes()
 
@@ -128,5 +135,5 @@ class AggregationServer:
         with as_round_error():
             total = self._protocol.aggregate()
             survivors = tuple(self._protocol.survivors)
-            decoded = self._encoding.decode_sum(total, survivors=len(survivors))
-        return RoundAggregate(mean_update=decoded / len(survivors), survivors=survivors)
+            decoded = self._mechanism.decode(total, survivors=len(survivors), clip_norm=self._clip_norm)
+        return RoundAggregate(decoded.mean_update, decoded.clip_norm, survivors)

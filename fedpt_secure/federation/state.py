@@ -19,6 +19,7 @@ class RunState:
 
     Attributes:
         new: no checkpoint has been written yet.
+        clip_norm: of the next round.
         seconds: wall time by phase of the run, restarts included.
     """
 
@@ -26,6 +27,7 @@ class RunState:
     rounds_done: int
     optimizer: ServerOptimizer
     seconds: dict[str, float]
+    clip_norm: float
     new: bool
 
     def add_seconds(self, phase: str, seconds: float) -> None:
@@ -48,7 +50,7 @@ def restore(directory: RunDirectory, config: RunConfig, text: FederatedText, sma
             momentum=training.server_momentum,
             dimension=small.dimension,
         )
-        return RunState(new_run_id(), 0, optimizer, {}, new=True)
+        return RunState(new_run_id(), 0, optimizer, {}, config.privacy.clip_norm, new=True)
     _require_same(directory, checkpoint, config, text, small)
     small.load_adapter_vector(checkpoint.tensors["adapter"])
     optimizer = ServerOptimizer(
@@ -61,7 +63,12 @@ def restore(directory: RunDirectory, config: RunConfig, text: FederatedText, sma
     )
     directory.cut_logs(checkpoint.rounds_done)
     return RunState(
-        checkpoint.run_id, checkpoint.rounds_done, optimizer, dict(checkpoint.scalars["seconds"]), new=False
+        checkpoint.run_id,
+        checkpoint.rounds_done,
+        optimizer,
+        dict(checkpoint.scalars["seconds"]),
+        checkpoint.scalars["clip_norm"],
+        new=False,
     )
 
 
@@ -79,7 +86,11 @@ def save(directory: RunDirectory, state: RunState, config: RunConfig, text: Fede
                 "first_moment": state.optimizer.first_moment,
                 "second_moment": state.optimizer.second_moment,
             },
-            scalars={"optimizer_steps": state.optimizer.steps, "seconds": state.seconds},
+            scalars={
+                "optimizer_steps": state.optimizer.steps,
+                "seconds": state.seconds,
+                "clip_norm": state.clip_norm,
+            },
         )
     )
     state.new = False

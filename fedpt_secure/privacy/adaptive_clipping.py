@@ -1,8 +1,8 @@
 """Adaptive clipping by a private quantile (Andrew, Thakkar, McMahan and Ramaswamy 2021, arXiv 1905.03871).
 
-The clip norm follows a quantile of the units' norms: it shrinks while more than the wanted share of them lies below it,
-and grows otherwise. The count that decides travels as one more coordinate of the noised vector, with a weight, so that it
-is protected by the same noise and its cost is a slightly larger sensitivity; there is no second mechanism to compose.
+The clip norm follows a quantile of the units' norms: it shrinks while more than the wanted share of them lies below
+it, and grows otherwise. The count that decides travels as one more coordinate of the noised vector, with a weight, so
+that the same noise protects it. Its cost is a slightly larger sensitivity; there is no second mechanism to compose.
 """
 
 from __future__ import annotations

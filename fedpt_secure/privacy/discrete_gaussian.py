@@ -69,7 +69,8 @@ def _discrete_laplace(size: int, scale: int, words: Words) -> IntArray:
     negative = _uniform_below(2, low.size, words).astype(np.bool_)
     # Zero has two signs; one of them is thrown away.
     kept = ~(negative & (magnitude == 0))
-    return np.where(negative, -magnitude, magnitude)[kept]
+    signed: IntArray = np.where(negative, -magnitude, magnitude)[kept]
+    return signed
 
 
 def _geometric(size: int, words: Words) -> IntArray:

@@ -110,7 +110,7 @@ class RingMechanism:
     @property
     def sensitivity(self) -> float:
         """L2 distance, in ring steps, between encodings of vectors that differ in one unit."""
-        return self.encoding.scale * self.unit_norm * (1 + FLOAT_ALLOWANCE) + math.sqrt(self.dimension)
+        return float(self.encoding.scale * self.unit_norm * (1 + FLOAT_ALLOWANCE) + math.sqrt(self.dimension))
 
     def noise_multiplier(self, honest_shares: int) -> float:
         """Standard deviation of this many shares over the sensitivity."""
@@ -148,7 +148,7 @@ class RingMechanism:
 
     def decode(self, total: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.float64]:
         """The noised sum behind a ring sum, in clip norms `[dimension]`."""
-        return self.encoding.signed(total) / self.encoding.scale
+        return np.asarray(self.encoding.signed(total) / self.encoding.scale)
 
     def _fits(self) -> bool:
         noise = NOISE_TAIL * self.share_sigma * math.sqrt(self.cohort)

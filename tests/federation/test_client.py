@@ -14,11 +14,12 @@ from fedpt_secure.errors import LedgerError, RoundError
 from fedpt_secure.federation import ClientTerms, ClientWorker
 from fedpt_secure.federation.announcement import Announcement
 from fedpt_secure.federation.local_engine import draw_dropouts, run_round
+from fedpt_secure.federation.mechanisms import build_mechanism
 from fedpt_secure.federation.population import client_randomness, config_digest
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.lm.small import BaseLM, SmallLM
 from fedpt_secure.lm.token_map import TokenMap
-from fedpt_secure.privacy import GaussianSteps, Ledger, SmallExample
+from fedpt_secure.privacy import Budget, GaussianSteps, Ledger, SmallExample
 from fedpt_secure.progress import SILENT
 
 CONFIG = build(
@@ -50,12 +51,16 @@ def small():
     return SmallLM(base, CONFIG.lora, seed=0, device=torch.device("cpu"))
 
 
+def mechanism_for(small):
+    return build_mechanism(CONFIG, noise_multiplier=NOISE, dimension=small.dimension)
+
+
 @pytest.fixture
-def federation(tmp_path):
+def federation(tmp_path, small):
     """Workers and roster of five clients; their ledgers lie in `tmp_path`."""
     identities = {client: Identity.generate() for client in IDS}
     roster = Roster({client: identity.verify_key_bytes for client, identity in identities.items()})
-    terms = ClientTerms(RUN_ID, CONFIG, config_digest(CONFIG), NOISE)
+    terms = ClientTerms(RUN_ID, CONFIG, config_digest(CONFIG), mechanism_for(small))
     workers = {
         client: ClientWorker(
             client,
@@ -63,7 +68,7 @@ def federation(tmp_path):
             terms=terms,
             identity=identities[client],
             roster=roster,
-            ledger=Ledger.create(tmp_path / str(index), epsilon=4.0, delta=1e-5),
+            ledger=Ledger.create(tmp_path / str(index), budget=Budget(4.0, 1e-5)),
             randomness=client_randomness(CONFIG, client),
         )
         for index, client in enumerate(IDS)
@@ -83,6 +88,8 @@ def server_for(roster, small, round_index=0, attempt=0):
         roster=roster,
         adapter=adapter,
         model_digest=small.weights_digest(adapter),
+        mechanism=mechanism_for(small),
+        clip_norm=CONFIG.privacy.clip_norm,
     )
 
 
@@ -95,7 +102,7 @@ def test_the_aggregate_is_the_mean_of_the_clients_updates(federation, small, tmp
     workers, roster = federation
     aggregate, transcript = run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
     assert transcript.survivors == IDS
-    updates = [Ledger(tmp_path / str(index), epsilon=4.0, delta=1e-5).pending(RUN_ID.hex(), 0) for index in range(5)]
+    updates = [Ledger(tmp_path / str(index)).pending(RUN_ID.hex(), 0) for index in range(5)]
     step = 5 * CONFIG.training.update_bound / (2**31 - 1)  # of the ring's grid
     expected = np.mean(np.clip(updates, -1, 1), axis=0)
     assert np.abs(aggregate.mean_update - expected).max() <= step * 5
@@ -202,10 +209,10 @@ def test_a_client_over_its_budget_declines_before_training(federation, small, tm
     """Every client has spent nearly all of its epsilon elsewhere."""
     workers, roster = federation
     for index in range(5):
-        book = Ledger(tmp_path / str(index), epsilon=4.0, delta=1e-5)
-        book.release("elsewhere", 0, GaussianSteps(1.1, 1.0, 1), np.zeros(1), noise_is_private=True)
+        book = Ledger(tmp_path / str(index))
+        book.release("elsewhere", 0, GaussianSteps(1.1, 1.0, 1), np.zeros(1), mode="local", noise_is_private=True)
     monkeypatch.setattr(
-        "fedpt_secure.federation.client.train_locally", lambda *args, **kwargs: pytest.fail("trained all the same")
+        "fedpt_secure.federation.mechanisms.train_locally", lambda *args, **kwargs: pytest.fail("trained all the same")
     )
     aggregate, transcript = run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
     assert aggregate is None
@@ -242,7 +249,7 @@ def test_without_the_memory_of_rounds_the_difference_of_two_sums_is_one_clients_
     again = server_for(roster, small, attempt=1)
     second, _ = run_round(again, workers, small, dropouts={IDS[4]: "mask"}, progress=SILENT)
     stolen = 5 * first.mean_update - 4 * second.mean_update
-    update = Ledger(tmp_path / "4", epsilon=4.0, delta=1e-5).pending(RUN_ID.hex(), 0)
+    update = Ledger(tmp_path / "4").pending(RUN_ID.hex(), 0)
     assert np.abs(stolen - update).max() < 1e-6
 
 

@@ -28,7 +28,7 @@ def checkpoint(rounds_done=3):
         model_digest="m",
         config_toml=CONFIG.to_toml(),
         tensors={"adapter": np.arange(4, dtype=np.float32), "first_moment": np.zeros(4), "second_moment": np.ones(4)},
-        scalars={"optimizer_steps": 2, "seconds": {"rounds": 1.5}},
+        scalars={"optimizer_steps": 2, "seconds": {"rounds": 1.5}, "clip_norm": 0.1},
     )
 
 
@@ -87,6 +87,8 @@ CHECKPOINT_DAMAGE = {
     "unequal lengths": (lambda c: replace(c, tensors=c.tensors | {"first_moment": np.zeros(3)}), "one length"),
     "whole numbers": (lambda c: replace(c, tensors=c.tensors | {"adapter": np.arange(4)}), "float vectors"),
     "no steps": (lambda c: replace(c, scalars=without(c.scalars, "optimizer_steps")), "lacks 'optimizer_steps'"),
+    "no clip norm": (lambda c: replace(c, scalars=without(c.scalars, "clip_norm")), "lacks 'clip_norm'"),
+    "no clipping at all": (lambda c: replace(c, scalars=c.scalars | {"clip_norm": 0}), "0, not a number above 0"),
     "steps not whole": (lambda c: replace(c, scalars=c.scalars | {"optimizer_steps": 1.5}), "1.5, not a count"),
     "steps not a number": (lambda c: replace(c, scalars=c.scalars | {"optimizer_steps": True}), "True, not a count"),
     "no seconds": (lambda c: replace(c, scalars=without(c.scalars, "seconds")), "lacks 'seconds'"),
