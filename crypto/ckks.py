@@ -108,9 +108,10 @@ class CkksKey:
         content = prefix + _field(_PRIVATE, _field(_SECRET_KEY, encoded)) + suffix
         try:
             key = cls(parameters, tenseal().Context.load(content, 1))
+            again = key.to_bytes()
         except (RuntimeError, ValueError) as error:
             raise KeyRejected(f"no CKKS key under these parameters: {error}") from None
-        if key.to_bytes() != encoded:
+        if again != encoded:
             raise KeyRejected("a CKKS key is not in its canonical encoding")
         return key
 
