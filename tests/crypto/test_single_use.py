@@ -315,3 +315,67 @@ def test_a_masked_vector_for_other_sharers_leaves_the_sum_as_it_was(make_cohort)
     with pytest.raises(TranscriptMismatch):
         a_round.server.receive_masked(name, sent)
     assert not np.any(a_round.server._total)
+
+
+@pytest.mark.parametrize(
+    ("state", "call"),
+    [
+        (ClientState.SHARED, lambda client, vector: client.mask(b"", vector)),
+        (ClientState.MASKED, lambda client, vector: client.confirm(b"")),
+        (ClientState.CONFIRMED, lambda client, vector: client.unmask(b"")),
+    ],
+)
+def test_no_later_phase_runs_without_a_directory(make_cohort, state, call):
+    """States and what they imply are kept apart; should they ever disagree, it is a typed error."""
+    cohort = make_cohort(3)
+    client = cohort.client(cohort.ids[0], cohort.context())
+    client._state = state
+    with pytest.raises(ProtocolStateError, match="no key directory"):
+        call(client, np.zeros(5, dtype=np.uint32))
+
+
+def test_no_later_phase_of_a_server_runs_without_a_directory_or_a_sum(make_cohort):
+    cohort = make_cohort(3)
+    a_round = cohort.round()
+    a_round.server._state = ServerState.SHARING
+    with pytest.raises(ProtocolStateError, match="not published"):
+        a_round.server.receive_shares(cohort.ids[0], b"")
+    a_round = cohort.round().advertise().share()
+    a_round.server._total = None
+    with pytest.raises(ProtocolStateError, match="no sum"):
+        a_round.server.receive_masked(cohort.ids[0], b"")
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_the_server_wipes_the_secrets_that_it_rebuilds(make_cohort, monkeypatch, dropped):
+    cohort = make_cohort(4)
+    rebuilt = []
+    genuine = server_module.ShareCollection.rebuild
+
+    def remembering(*arguments):
+        rebuilt.append(genuine(*arguments))
+        return rebuilt[-1]
+
+    monkeypatch.setattr(server_module.ShareCollection, "rebuild", remembering)
+    survivors = cohort.ids[1:] if dropped else cohort.ids
+    a_round = cohort.round(cohort.context(threshold=3)).advertise().share().mask(survivors).confirm(survivors)
+    a_round.unmask(survivors).server.aggregate()
+    assert len(rebuilt) == 4
+    assert not any(any(secret) for secret in rebuilt)
+
+
+def test_a_masked_vector_stays_in_the_ring(make_cohort):
+    """Bits above the ring would be cut off by packing; the sum of what is sent must be what was masked."""
+    cohort = make_cohort(3)
+    a_round = cohort.round(cohort.context(ring_bits=20, vector_length=64)).advertise().share()
+    seen = []
+    genuine = client_module.pack
+
+    def looking(vector, ring_bits):
+        seen.append(int(vector.max()))
+        return genuine(vector, ring_bits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client_module, "pack", looking)
+        a_round.mask()
+    assert max(seen) < 1 << 20
