@@ -390,3 +390,29 @@ def test_discarding_a_finished_client_leaves_it_finished(make_cohort):
     client = a_round.clients[cohort.ids[0]]
     client.discard()
     assert client.state is ClientState.FINISHED
+
+
+def _sparse_round(cohort):
+    """Sixteen clients on a sparse ring, masked; a quorum of eleven and a threshold of five among nine holders."""
+    context = cohort.context(degree=8, threshold=5, minimum_survivors=11)
+    return cohort.round(context).advertise().share().mask()
+
+
+def test_the_server_asks_for_no_shares_without_a_quorum(make_cohort):
+    """Ten confirmations, where the clients will insist on eleven; everybody's holders are among the ten."""
+    cohort = make_cohort(16)
+    a_round = _sparse_round(cohort)
+    ring = [cohort.ids[member] for member in a_round.server._directory.graph._ring]
+    silent = {ring[place] for place in (0, 3, 6, 9, 12, 14)}
+    with pytest.raises(BelowThreshold, match="the round needs 11"):
+        a_round.confirm(name for name in cohort.ids if name not in silent)
+
+
+def test_the_server_asks_for_no_shares_when_one_client_s_holders_are_silent(make_cohort):
+    """Eleven confirmations, but four holders where five are needed: the sum could not be opened."""
+    cohort = make_cohort(16)
+    a_round = _sparse_round(cohort)
+    ring = [cohort.ids[member] for member in a_round.server._directory.graph._ring]
+    silent = set(ring[:5])
+    with pytest.raises(BelowThreshold, match="only 4 confirmed"):
+        a_round.confirm(name for name in cohort.ids if name not in silent)

@@ -7,7 +7,6 @@ import inspect
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from fedpt_secure.crypto import BelowThreshold, RoundContext, SecAggServer
 from fedpt_secure.crypto import messages as m
@@ -95,61 +94,3 @@ def test_no_round_can_be_set_up_to_end_with_one_client(make_cohort):
     with pytest.raises(BelowThreshold):
         a_round.server.publish_survivors()
     assert not list(_arrays(a_round.server))
-
-
-LENGTH = 100_000
-FALSE_ALARM = 1e-6
-
-
-def _uniformity_p_values(sample, plain):
-    """p-values of tests that a uint32 sample is uniform and owes nothing to the plain vector."""
-    yield stats.chisquare(np.bincount(sample >> np.uint32(24), minlength=256)).pvalue
-    yield stats.chisquare(np.bincount(sample & np.uint32(255), minlength=256)).pvalue
-    yield stats.kstest(sample / 2**32, "uniform").pvalue
-    for bit in range(32):
-        ones = int(np.count_nonzero(sample >> np.uint32(bit) & np.uint32(1)))
-        yield stats.binomtest(ones, sample.size).pvalue
-    yield stats.spearmanr(sample, plain).pvalue
-    yield stats.spearmanr(sample[1:], sample[:-1]).pvalue
-
-
-@pytest.fixture(scope="module")
-def two_rounds(make_cohort):
-    """One client's masked vector in two rounds, over the same, small and very regular plain vector."""
-    cohort = make_cohort(3)
-    plain = np.arange(LENGTH, dtype=np.uint32) % np.uint32(1000)
-    masked = []
-    for number in range(2):
-        a_round = cohort.round(cohort.context(round_index=number, vector_length=LENGTH))
-        a_round.vectors = dict.fromkeys(cohort.ids, plain)
-        a_round.advertise().share().mask()
-        sent = a_round.sent["mask"][cohort.ids[0]]
-        vector = m.decode(sent, m.MaskedVector, a_round.context, body_bytes=5 * LENGTH).vector
-        masked.append(unpack(vector, LENGTH, 32))
-    return plain, masked
-
-
-def test_a_masked_vector_looks_uniform(two_rounds):
-    """37 tests, each with a false alarm of 1e-6.
-
-    4e-5 in all. They cannot prove secrecy; they catch a mask that is not one.
-    """
-    plain, (masked, _) = two_rounds
-    assert min(_uniformity_p_values(masked, plain)) > FALSE_ALARM
-
-
-def test_the_difference_of_two_rounds_looks_uniform(two_rounds):
-    """What catches masks that are used twice: the difference of two masked vectors would be that of the plain ones."""
-    plain, (first, second) = two_rounds
-    assert min(_uniformity_p_values(second - first, plain)) > FALSE_ALARM
-
-
-def test_the_tests_of_uniformity_have_teeth(two_rounds):
-    plain, (masked, _) = two_rounds
-    assert min(_uniformity_p_values(plain, plain)) < FALSE_ALARM
-    reused = (masked + np.uint32(3)) - masked
-    assert np.unique(reused).size == 1
-    narrow = masked & np.uint32(0x7FFFFFFF)
-    assert min(_uniformity_p_values(narrow, plain)) < FALSE_ALARM
-    leaky = np.where(np.arange(LENGTH) % 20 == 0, plain * np.uint32(4_000_000), masked).astype(np.uint32)
-    assert min(_uniformity_p_values(leaky, plain)) < FALSE_ALARM
