@@ -38,6 +38,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         highlight=False,
     )
     _print_cost(console, summary)
+    aggregation = summary["privacy"]["aggregation"]
+    console.print(f"Aggregation: {aggregation['aggregator']}; {aggregation['trust']}.", highlight=False)
     _print_privacy(console, summary)
 
 

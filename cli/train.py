@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from fedpt_secure.cli.errors import reported
-from fedpt_secure.cli.privacy_warning import warn_if_not_private
+from fedpt_secure.cli.privacy_warning import warn_if_not_private, warn_of_trust
 from fedpt_secure.cli.progress import shown_on
 from fedpt_secure.cli.tables import print_summary
 from fedpt_secure.config import RunConfig, build, overlay, read_settings
@@ -93,6 +93,12 @@ def train(
     dropout: float | None = typer.Option(
         None, help="Chance that a client vanishes in a round (simulation).", rich_help_panel=FEDERATION
     ),
+    aggregator: str | None = typer.Option(
+        None,
+        help="masks, or ckks: encryption under a key that all clients share; one colluding client breaks the privacy "
+        "of all. [default: masks]",
+        rich_help_panel=FEDERATION,
+    ),
     minimum_survivors: int | None = typer.Option(
         None, help="A round with fewer is aborted. [default: 2/3 of the cohort]", rich_help_panel=FEDERATION
     ),
@@ -172,6 +178,7 @@ def train(
                 "cohort": cohort,
                 "dropout": dropout,
                 "minimum_survivors": minimum_survivors,
+                "aggregator": aggregator,
             },
             "training": {"local_steps": local_steps, "server_learning_rate": server_learning_rate},
             "proxy": {"alpha": alpha, "distill_steps": distill_steps},
@@ -197,7 +204,7 @@ def _run(
     from fedpt_secure import files
     from fedpt_secure.cli.quiet import quiet_libraries
     from fedpt_secure.data import Cache
-    from fedpt_secure.federation import RunDirectory, run_training
+    from fedpt_secure.federation import RunDirectory, aggregation_of, run_training
     from fedpt_secure.report import summarise
 
     quiet_libraries()
@@ -206,9 +213,11 @@ def _run(
         directory.require_settings(settings)
         config = directory.config()
     else:
+        aggregation_of(config)  # what it needs is missed before a directory is made
         path = out or Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         directory = RunDirectory.create(path, config)
     warn_if_not_private(config, console)
+    warn_of_trust(config, console)
     with shown_on(console) as progress:
         result = run_training(config, directory, cache=Cache(), progress=progress)
     summary = summarise(result)

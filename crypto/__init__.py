@@ -8,6 +8,7 @@ nothing of the rest and no tensor library: it can be read, and audited, alone.
 
 from __future__ import annotations
 
+from fedpt_secure.crypto.ckks import require_tenseal
 from fedpt_secure.crypto.ckks_client import CkksClient
 from fedpt_secure.crypto.ckks_parameters import CkksParameters
 from fedpt_secure.crypto.ckks_server import CkksServer
@@ -117,6 +118,7 @@ __all__ = [
     "create_identity",
     "default_threshold",
     "load_identity",
+    "require_tenseal",
     "ring_dtype",
     "roster_of",
     "secure_aggregation_parameters",

@@ -25,7 +25,7 @@ _CIPHERTEXT_POLYNOMIALS: Final = 2
 _UNIFORM_BYTES: Final = 8
 
 
-def tenseal() -> Any:
+def require_tenseal() -> Any:
     """The TenSEAL module.
 
     Raises:
@@ -107,7 +107,7 @@ class CkksKey:
         prefix, suffix = _framing(parameters)
         content = prefix + _field(_PRIVATE, _field(_SECRET_KEY, encoded)) + suffix
         try:
-            key = cls(parameters, tenseal().Context.load(content, 1))
+            key = cls(parameters, require_tenseal().Context.load(content, 1))
             again = key.to_bytes()
         except (RuntimeError, ValueError) as error:
             raise KeyRejected(f"no CKKS key under these parameters: {error}") from None
@@ -134,7 +134,7 @@ class CkksKey:
         padded = np.zeros(parameters.ciphertexts * parameters.slots)
         padded[: parameters.length] = values
         chunks = padded.reshape(parameters.ciphertexts, parameters.slots)
-        return [tenseal().ckks_vector(self._context, chunk).serialize() for chunk in chunks]
+        return [require_tenseal().ckks_vector(self._context, chunk).serialize() for chunk in chunks]
 
     def decrypt(self, ciphertexts: Sequence[bytes]) -> npt.NDArray[np.float64]:
         """The values `[length]` behind ciphertexts, with all of the scheme's error in them.
@@ -222,7 +222,7 @@ def _load(context: Any, parameters: CkksParameters, encoded: bytes) -> Any:
             f"a ciphertext has at most {parameters.largest_ciphertext_bytes} bytes, not {len(encoded)}"
         )
     try:
-        vector = tenseal().ckks_vector_from(context, encoded)
+        vector = require_tenseal().ckks_vector_from(context, encoded)
         parts = vector.ciphertext()
     except (RuntimeError, ValueError) as error:
         raise MalformedMessage(f"no ciphertext under these parameters: {error}") from None
@@ -244,7 +244,7 @@ def _load(context: Any, parameters: CkksParameters, encoded: bytes) -> Any:
 
 
 def _fresh_context(parameters: CkksParameters) -> Any:
-    library = tenseal()
+    library = require_tenseal()
     context = library.context(
         library.SCHEME_TYPE.CKKS,
         parameters.degree,
@@ -266,7 +266,7 @@ def _keyless_content(parameters: CkksParameters) -> bytes:
 
 def _keyless(parameters: CkksParameters) -> Any:
     """A context that adds and can do nothing else."""
-    return tenseal().Context.load(_keyless_content(parameters), 1)
+    return require_tenseal().Context.load(_keyless_content(parameters), 1)
 
 
 # TenSEAL serialises a context as one Protocol Buffers message (its tensealcontext.proto): parameters, public part,

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedpt_secure import files
 from fedpt_secure.crypto import default_threshold
-from fedpt_secure.errors import ConfigError, RunDirectoryError
+from fedpt_secure.errors import ConfigError, PrivacyError, RunDirectoryError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -183,6 +183,9 @@ class FederationConfig(Settings):
     """A round with fewer survivors is aborted; default: the secret-sharing threshold, 2/3 of the cohort."""
     dropout: Fraction = 0.0
     """Chance that a client vanishes in a round, at a random phase (simulation)."""
+    aggregator: Literal["masks", "ckks"] = "masks"
+    """How updates are summed: under pairwise masks, or under CKKS, where one colluding client breaks the privacy of all
+    (docs/ckks.md)."""
     ring_bits: Annotated[int, Field(ge=16, le=32)] = 32
     """Bits of a ring element; at most 32 in mode `local`: a client adds its noise before the encoding, and the grid of
     a 64-bit ring is finer than the noise's own, so that rounding would no longer hide the floats behind it."""
@@ -238,6 +241,24 @@ class EvaluationConfig(Settings):
     bootstrap_samples: Annotated[int, Field(ge=200)] = 2000
 
 
+def require_compatible(aggregator: str, privacy_mode: str) -> None:
+    """Accept a way to sum updates and a privacy mode whose proof holds with it.
+
+    Under CKKS only `local` is: each client's update carries its own noise before it is encrypted, so that whatever
+    happens to it is post-processing. The noise of the other modes exists in the exact sum in the ring only, and their
+    proofs need that nobody, no client either, sees anything but that sum.
+
+    Raises:
+        PrivacyError: the proof does not hold.
+    """
+    if aggregator != "masks" and privacy_mode != "local":
+        raise PrivacyError(
+            f"privacy mode {privacy_mode!r} cannot go with aggregator {aggregator!r}: its noise is only in exact sums "
+            "whose parts nobody sees",
+            hint="--privacy local, or --aggregator masks",
+        )
+
+
 class RunConfig(Settings):
     """One run, wholly described."""
 
@@ -253,6 +274,11 @@ class RunConfig(Settings):
     training: TrainingConfig = TrainingConfig()
     proxy: ProxyConfig = ProxyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _proof_holds(self) -> RunConfig:
+        require_compatible(self.federation.aggregator, self.privacy.mode)
+        return self
 
     @model_validator(mode="after")
     def _one_step_a_sum(self) -> RunConfig:

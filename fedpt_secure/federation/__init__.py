@@ -1,5 +1,6 @@
 """One run: client side, server side, the engine that carries bytes between them, and what a run leaves on disk."""
 
+from fedpt_secure.federation.aggregation import Aggregation, aggregation_of, privacy_document
 from fedpt_secure.federation.client import ClientTerms, ClientWorker
 from fedpt_secure.federation.continuation import continuations
 from fedpt_secure.federation.local_engine import Transcript, run_round
@@ -8,6 +9,7 @@ from fedpt_secure.federation.run_directory import Checkpoint, RunDirectory
 from fedpt_secure.federation.server import AggregationServer, RoundAggregate
 
 __all__ = [
+    "Aggregation",
     "AggregationServer",
     "Checkpoint",
     "ClientTerms",
@@ -16,7 +18,9 @@ __all__ = [
     "RunDirectory",
     "RunResult",
     "Transcript",
+    "aggregation_of",
     "continuations",
+    "privacy_document",
     "run_round",
     "run_training",
 ]

@@ -16,10 +16,10 @@ from fedpt_secure.crypto import (
     Roster,
     RoundContext,
     RoundReplayed,
-    SecAggClient,
     default_threshold,
 )
 from fedpt_secure.errors import AlreadyReleased, RoundError
+from fedpt_secure.federation.aggregation import AggregationClient, aggregation_of
 from fedpt_secure.federation.announcement import Announcement
 from fedpt_secure.federation.mechanisms import RoundMechanism, quantile_clipping
 from fedpt_secure.federation.protocol_errors import as_round_error
@@ -92,7 +92,7 @@ class ClientWorker:
         self._ledger = ledger
         self._randomness = randomness
         self._announcement: Announcement | None = None
-        self._protocol: SecAggClient | None = None
+        self._protocol: AggregationClient | None = None
 
     @property
     def releases(self) -> tuple[Release, ...]:
@@ -134,7 +134,7 @@ class ClientWorker:
                 threshold=announcement.threshold,
                 minimum_survivors=announcement.minimum_survivors,
             )
-            protocol = SecAggClient(
+            protocol = aggregation_of(terms.config).client(
                 context=context,
                 identity=self._identity,
                 client_id=self.client_id,
@@ -187,7 +187,7 @@ class ClientWorker:
         self._ledger.settle(self._terms.run_id.hex(), rounds_done=rounds_done)
 
     @property
-    def _active(self) -> SecAggClient:
+    def _active(self) -> AggregationClient:
         if self._protocol is None:
             raise RoundError(f"client {self.client_id} is in no round")
         return self._protocol

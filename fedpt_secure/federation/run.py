@@ -18,6 +18,7 @@ from fedpt_secure.data.examples import Example, encode
 from fedpt_secure.data.simulation import simulation_rng
 from fedpt_secure.errors import LedgerError, ModelError, RoundError
 from fedpt_secure.evaluation import ArmsEvaluation, evaluate_arms
+from fedpt_secure.federation.aggregation import Aggregation, aggregation_of, privacy_document
 from fedpt_secure.federation.client import LARGEST_ADAPTER_ENTRY
 from fedpt_secure.federation.local_engine import Transcript, draw_dropouts, run_round
 from fedpt_secure.federation.mechanisms import RingNoiseMechanism, build_mechanism
@@ -45,6 +46,7 @@ class RunResult:
 
     Attributes:
         statement: the privacy statement over what the clients' ledgers say was spent.
+        aggregation: how updates were summed.
         evaluation: losses of the four arms on held-out records.
         transcripts: one entry per round, as in `transcript.jsonl`.
         seconds: wall time by phase of the run, restarts included.
@@ -56,6 +58,7 @@ class RunResult:
     config: RunConfig
     text: FederatedText
     statement: PrivacyStatement
+    aggregation: Aggregation
     evaluation: ArmsEvaluation
     transcripts: Sequence[Mapping[str, Any]]
     seconds: Mapping[str, float]
@@ -77,6 +80,7 @@ def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, pr
 
 def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Progress) -> RunResult:
     began = time.perf_counter()
+    aggregation = aggregation_of(config)
     # 1. Data, models, and the noise that the promise needs: whatever can fail, fails before anything is trained.
     text = load_federated_text(config.data, seed=config.seed, cache=cache, progress=progress)
     config = config.for_population(len(text.clients))
@@ -124,7 +128,8 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
             state.rounds_done = round_index + 1
             state.add_seconds("rounds", time.perf_counter() - began)
             mark = {"round": round_index, "private": private}
-            directory.append("transcript", mark | asdict(transcript))
+            summed = {"aggregator": aggregation.name, "trust": aggregation.trust}
+            directory.append("transcript", mark | summed | asdict(transcript))
             directory.append("metrics", mark | {"small_tuned_loss": loss, "aborted": bool(transcript.aborted)})
             save(directory, state, config, text, small)
             for client in cohort:
@@ -139,7 +144,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
             hint="fewer dropouts, larger cohorts, or a smaller --minimum-survivors",
         )
     statement = _statement(config, population, transcripts)
-    files.write_json(directory.path / "privacy.json", statement.to_json())
+    files.write_json(directory.path / "privacy.json", privacy_document(statement, aggregation))
     directory.replace_adapter(small.save_adapter, readme=_adapter_readme(statement, small.name))
 
     # 3. One look at the held-out records, by all four arms.
@@ -156,6 +161,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
         config=config,
         text=text,
         statement=statement,
+        aggregation=aggregation,
         evaluation=evaluation,
         transcripts=transcripts,
         seconds=dict(state.seconds),

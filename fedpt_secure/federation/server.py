@@ -13,9 +13,9 @@ from fedpt_secure.crypto import (
     MessageError,
     Roster,
     RoundContext,
-    SecAggServer,
     default_threshold,
 )
+from fedpt_secure.federation.aggregation import aggregation_of
 from fedpt_secure.federation.announcement import PROTOCOL, Announcement
 from fedpt_secure.federation.mechanisms import RoundMechanism
 from fedpt_secure.federation.protocol_errors import as_round_error
@@ -37,7 +37,7 @@ class RoundAggregate:
 class AggregationServer:
     """Runs one round's phases over bytes. One instance per round.
 
-    **Guarantees** What it keeps of masked vectors is their running sum modulo 2^b. Unmasking that sum needs at least
+    **Guarantees** What it keeps of masked (or encrypted) vectors is their running sum. Opening that sum needs at least
     the threshold of clients to have confirmed the same list of survivors.
     """
 
@@ -72,7 +72,7 @@ class AggregationServer:
         )
         self._mechanism = mechanism
         self._clip_norm = clip_norm
-        self._protocol = SecAggServer(context=self.context, roster=roster)
+        self._protocol = aggregation_of(config).server(context=self.context, roster=roster)
         self.rejected: list[str] = []
         """One line per message that was refused; its sender counts as silent."""
         self.announcement = Announcement(

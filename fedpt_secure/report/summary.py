@@ -17,7 +17,7 @@ from fedpt_secure.evaluation import (
     perplexity,
     ratio_interval,
 )
-from fedpt_secure.federation import RunResult
+from fedpt_secure.federation import RunResult, privacy_document
 
 SCHEMA = "fedpt-secure/summary/1"
 _PACKAGES = ("torch", "transformers", "peft", "opacus", "PyNaCl", "cryptography", "dp-accounting", "datasets", "numpy")
@@ -34,7 +34,7 @@ def summarise(result: RunResult) -> dict[str, Any]:
             evaluation, alpha=config.proxy.alpha, seed=config.seed, resamples=config.evaluation.bootstrap_samples
         ),
         "alpha": config.proxy.alpha,
-        "privacy": result.statement.to_json(),
+        "privacy": privacy_document(result.statement, result.aggregation),
         "data": {
             "name": result.text.name,
             "description": result.text.description,

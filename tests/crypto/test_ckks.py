@@ -265,12 +265,12 @@ def test_an_unflooded_decryption_gives_the_errors_away_and_a_flooded_one_does_no
 def test_without_tenseal_there_is_one_line_and_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tenseal", None)
     with pytest.raises(CkksUnavailable) as caught:
-        primitive.tenseal()
+        primitive.require_tenseal()
     assert "\n" not in caught.value.message
     assert caught.value.hint == 'pip install "fedpt-secure[ckks]"'
 
 
-def test_importing_the_package_does_not_import_tenseal():
+def test_importing_the_package_does_not_import_require_tenseal():
     import subprocess
 
     program = "import sys, fedpt_secure.crypto; sys.exit('tenseal' in sys.modules)"
