@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fuzz.replay import CORPUS
+from fuzz.replay import CORPUS, file_name
 from fuzz.target import MEGABYTES
 from fuzz.targets import TARGETS
 
@@ -48,11 +48,13 @@ def fuzz(name: str, *, seconds: int, work: Path, place: str) -> Outcome:
     found, folder = work / name / "found", work / name / "corpus"
     for directory in (found, folder):
         directory.mkdir(parents=True, exist_ok=True)
+    for seed in TARGETS[name].seeds():
+        (folder / file_name(seed)).write_bytes(seed)
     before = set(found.iterdir())
     outcome, started, shown = Outcome(name), time.monotonic(), 0.0
     command = [sys.executable, "-m", "fuzz.atheris_target", name, f"-max_total_time={seconds}", "-print_final_stats=1"]
     command += [f"-timeout={_STALLED_SECONDS}", f"-rss_limit_mb={MEGABYTES}", f"-artifact_prefix={found}/"]
-    command += [str(folder), str(CORPUS / name)]
+    command += [str(folder), *([str(CORPUS / name)] if (CORPUS / name).is_dir() else [])]
     process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, errors="replace")
     with open(work / name / "log.txt", "w") as log:
         for line in process.stdout or ():

@@ -25,11 +25,13 @@ class Target:
         reencode: decodes an input and returns what the decoded value encodes to, which has to be the input. A target
             without an encoder of its own compares with a second implementation instead and returns its input.
         seeds: inputs to start from, most of them accepted.
+        seeds_change: seeds are made by a generator without a seed, and are therefore not committed.
     """
 
     what: str
     reencode: Callable[[bytes], bytes]
     seeds: Callable[[], Sequence[bytes]]
+    seeds_change: bool = False
 
 
 def accepts(target: Target, data: bytes) -> bool:
