@@ -3,8 +3,8 @@
 Statistics cannot prove secrecy: a generator with a short key passes them all. They catch masks that are missing,
 narrow, used twice or correlated with what they hide, and every one of these faults is planted here and must be caught.
 
-False alarms: each of the 48 tests of a 32-bit sample (66 of a 50-bit one) rejects a uniform one with a probability of at
-most 1e-7. Fifteen samples of a sound build are tested with fresh keys, so that it fails here by chance with a
+False alarms: each of the 48 tests of a 32-bit sample (66 of a 50-bit one) rejects a uniform one with probability
+1e-7 at most. Fifteen samples of a sound build are tested with fresh keys, so that it fails here by chance with a
 probability below 1e-4 a run (a union bound: the tests are not independent).
 """
 
