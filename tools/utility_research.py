@@ -1,0 +1,428 @@
+"""Utility research: how much of the gap to the directly tuned large model proxy tuning closes, and what limits it.
+
+Simulates mode `distributed` as what its utility is, central DP-SGD over the union of the clients' training records.
+Every subcommand is seeded, runs on a CPU or a GPU, and appends one JSON line per result to `WORK/results.jsonl`:
+
+    python tools/utility_research.py prepare --work WORK --data-folder ../shared/data chat medquad dolly
+    python tools/utility_research.py score   --work WORK --large LARGE chat
+    python tools/utility_research.py ceiling --work WORK --large LARGE --task chat
+    python tools/utility_research.py tune    --work WORK --task chat --epsilon 4 --steps 40 --rate 0.1
+    python tools/utility_research.py batch FILE
+    python tools/utility_research.py decode  --work WORK --task chat --adapter NAME
+
+LARGE is a folder in Transformers format (float32). The noise comes from a seeded generator: nothing here is private.
+What the numbers say stands in docs/utility_research.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from utility_research_data import SPLITS, Task, judged_tokens, prepare
+from utility_research_scores import (
+    Answers,
+    agreement,
+    answers,
+    clipped_shift,
+    confidence,
+    large_answers,
+    linear,
+    mixture,
+    proxied,
+    small_alone,
+    small_logprobs,
+    top_k,
+)
+from utility_research_tuning import Mechanism, Optimiser, batches, collate, judged_losses, perplexity_free_loss
+
+from fedpt_secure.config import LoraSettings
+from fedpt_secure.lm.directions import FILE as DIRECTIONS_FILE
+from fedpt_secure.lm.directions import Directions
+from fedpt_secure.lm.small import BUILTIN, BaseLM, SmallLM, builtin_directory, load_builtin_weights
+from fedpt_secure.lm.token_map import TokenMap
+from fedpt_secure.lm.vocabulary import Vocabulary
+from fedpt_secure.privacy import calibrate_noise
+
+ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CURVE_ALPHAS = (0.5, 0.75, 1.0)
+DELTA = 1e-5
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A small LM and how its ids relate to the large model's."""
+
+    base: BaseLM
+    table: Tensor
+
+    @classmethod
+    def load(cls, directory: Path) -> Proxy:
+        """The built-in proxy, or a folder with the same files (directions may be absent)."""
+        vocabulary = Vocabulary.from_file(builtin_directory() / "tokenizer.json")
+        model, token_map = load_builtin_weights(directory, vocabulary)
+        known = directory / DIRECTIONS_FILE
+        directions = Directions.load(known) if known.exists() else None
+        return cls(BaseLM(model, token_map, BUILTIN, directions), token_map.tensors(torch.device("cpu")).small_of_large)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--work", type=Path, required=True)
+    shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument("--threads", type=int, default=1)
+    shared.add_argument("--device", default="cpu")
+    shared.add_argument("--proxy", type=Path, default=builtin_directory())
+
+    command = commands.add_parser("prepare", parents=[shared])
+    command.add_argument("names", nargs="+")
+    command.add_argument("--data-folder", type=Path, required=True)
+    command.add_argument("--evaluation-records", type=int, default=300)
+    command.set_defaults(run=run_prepare)
+
+    command = commands.add_parser("score", parents=[shared])
+    command.add_argument("names", nargs="+")
+    command.add_argument("--large", type=Path, required=True)
+    command.set_defaults(run=run_score)
+
+    command = commands.add_parser("ceiling", parents=[shared])
+    command.add_argument("--task", required=True)
+    command.add_argument("--large", type=Path, required=True)
+    command.add_argument("--rank", type=int, default=16)
+    command.add_argument("--rate", type=float, default=1e-3)
+    command.add_argument("--batch", type=int, default=16)
+    command.add_argument("--epochs", type=float, default=1.0)
+    command.add_argument("--records", type=int, default=0, help="train on so many records only; 0 for all")
+    command.add_argument("--checks", type=int, default=8, help="looks at the choice slice")
+    command.add_argument("--seconds", type=float, default=math.inf, help="wall clock after which the rate decays to 0")
+    command.set_defaults(run=run_ceiling)
+
+    command = commands.add_parser("tune", parents=[shared])
+    command.add_argument("--task", required=True)
+    command.add_argument("--name", default="")
+    command.add_argument("--modules", default="down_proj", help="comma-separated, or `all`")
+    command.add_argument("--layers", type=int, default=1, help="last so many; 0 for all")
+    command.add_argument("--rank", type=int, default=32)
+    command.add_argument("--directions", default="public", choices=("public", "random"))
+    command.add_argument("--train-a", action="store_true")
+    command.add_argument("--epsilon", type=float, default=math.inf)
+    command.add_argument("--noise-factor", type=float, default=1.0, help="noise of survivors only, over the central")
+    command.add_argument("--steps", type=int, default=40)
+    command.add_argument("--rate-q", type=float, default=0.1)
+    command.add_argument("--clip", type=float, default=0.1)
+    command.add_argument("--optimiser", default="adam", choices=("adam", "adam-corrected", "momentum", "sgd"))
+    command.add_argument("--lr", type=float, default=0.05)
+    command.add_argument("--decay", type=float, default=0.0)
+    command.add_argument("--average", type=float, default=0.0)
+    command.add_argument("--momentum", type=float, default=0.9)
+    command.add_argument("--checks", type=int, default=3)
+    command.add_argument("--thin", type=float, default=1.0, help="share of each sample that is really computed")
+    command.add_argument("--choice-only", action="store_true", help="for sweeps: leave the evaluation records alone")
+    command.add_argument("--float32", action="store_true", help="no bfloat16 in the matrix products")
+    command.set_defaults(run=run_tune)
+
+    command = commands.add_parser("decode", parents=[shared])
+    command.add_argument("--task", required=True)
+    command.add_argument("--adapter", required=True, help="name of a run of `tune`")
+    command.add_argument("--split", default="choice", choices=SPLITS[1:])
+    command.set_defaults(run=run_decode)
+
+    command = commands.add_parser("batch", help="run the command lines of a file, one after the other")
+    command.add_argument("file", type=Path)
+    command.set_defaults(run=None)
+
+    options = parser.parse_args()
+    lines = [None] if options.run else [shlex.split(line) for line in options.file.read_text().splitlines() if line]
+    for line in lines:
+        options = parser.parse_args(line)
+        torch.set_num_threads(options.threads)
+        options.run(options)
+
+
+def write(options: argparse.Namespace, kind: str, result: dict[str, object]) -> None:
+    """Append one line to the results and print it."""
+    skipped = {"run", "work", "proxy", "large", "data_folder"}
+    settings = {k: str(v) if v == math.inf else v for k, v in vars(options).items() if k not in skipped}
+    line = json.dumps({"kind": kind, "settings": settings} | result)
+    with (options.work / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+def run_prepare(options: argparse.Namespace) -> None:
+    options.work.mkdir(parents=True, exist_ok=True)
+    for name in options.names:
+        task = prepare(name, options.data_folder, seed=options.seed, evaluation_records=options.evaluation_records)
+        task.save(options.work / f"{name}.npz")
+        sizes = {
+            split: [
+                len(task.split(split)),
+                sum(len(e.ids) for e in task.split(split)),
+                int(judged_tokens(task.split(split)).sum()),
+            ]
+            for split in SPLITS
+        }
+        write(options, "prepare", {"task": name, "clients": task.clients, "records_ids_judged": sizes})
+
+
+def scores_path(options: argparse.Namespace, task: str, split: str, token_map: TokenMap) -> Path:
+    """One file per task, split and vocabulary."""
+    path: Path = options.work / f"scores-{task}-{split}-{token_map.small_vocabulary_size}.safetensors"
+    return path
+
+
+def run_score(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    token_map = Proxy.load(options.proxy).base.token_map
+    large = LlamaForCausalLM.from_pretrained(options.large, dtype=torch.float32).to(device).eval()
+    for name in options.names:
+        task = Task.load(options.work / f"{name}.npz")
+        for split in SPLITS[1:]:
+            examples = task.split(split)
+            path = scores_path(options, name, split, token_map)
+            _, target = large_answers(large, examples, token_map, path, device)
+            write(options, "score", {"task": name, "split": split, "large_base": -float(target.mean())})
+
+
+def run_ceiling(options: argparse.Namespace) -> None:
+    """Tune the large model itself: LoRA on all matrices, AdamW, the checkpoint chosen on the choice slice."""
+    torch.manual_seed(options.seed)
+    device = torch.device(options.device)
+    task = Task.load(options.work / f"{options.task}.npz")
+    base = LlamaForCausalLM.from_pretrained(options.large, dtype=torch.bfloat16).to(device)
+    head = base.lm_head.weight.detach()
+    config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=list(MATRICES), lora_dropout=0.0)
+    model = get_peft_model(base, config)
+    inner = model.base_model.model.model
+    table = torch.arange(base.config.vocab_size)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0, betas=(0.9, 0.98))
+    rng = np.random.default_rng(options.seed)
+    order = rng.permutation(len(task.train))[: options.records or None]
+    plan = list(planned_batches(order, task, options.batch, options.epochs, rng))
+    checks = set(np.linspace(0, len(plan), options.checks + 1).astype(int).tolist()[1:])
+    best, best_state, curve, seen, began, late = math.inf, {}, [], 0, time.time(), 0
+    for step, chosen in enumerate(plan):
+        elapsed = (time.time() - began) / options.seconds
+        share = max(step / len(plan), elapsed)
+        for group in optimiser.param_groups:
+            group["lr"] = options.rate * min(1.0, (step + 1) / 20, max(0.0, (1 - share) / 0.3))
+        count = 0
+        parts = [
+            collate([task.train[i] for i in part], table, device) for part in batches(np.asarray(chosen), task.train)
+        ]
+        total = sum(len(batch.targets) for batch in parts)
+        for batch in parts:
+            loss, _ = judged_losses(inner, head, batch, torch.full_like(batch.weights, 1 / total))
+            loss.backward()
+            count += batch.ids.numel()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        seen += len(chosen)
+        late = int(share >= 1)
+        if step + 1 in checks or late:
+            value = float(
+                large_losses(inner, head, task.choice, table, device).sum() / judged_tokens(task.choice).sum()
+            )
+            curve.append([seen, round(value, 4), round(time.time() - began)])
+            print(json.dumps({"task": options.task, "step": step + 1, "curve": curve[-1]}), flush=True)
+            if value < best:
+                best, best_state = (
+                    value,
+                    {k: v.detach().clone() for k, v in model.named_parameters() if v.requires_grad},
+                )
+        if late:
+            break
+    model.load_state_dict(best_state, strict=False)
+    records = large_losses(inner, head, task.evaluation, table, device)
+    name = f"ceiling-{options.task}-{options.rate:g}-{options.records}-{options.epochs:g}-{options.seed}"
+    save_file(best_state, options.work / f"{name}.safetensors")
+    np.save(options.work / f"{name}.npy", records)
+    loss = float(records.sum() / judged_tokens(task.evaluation).sum())
+    write(options, "ceiling", {"name": name, "evaluation": round(loss, 4), "choice": round(best, 4), "curve": curve})
+
+
+def planned_batches(
+    order: np.ndarray, task: Task, size: int, epochs: float, rng: np.random.Generator
+) -> Iterable[list[int]]:
+    """Batches over whole and part epochs; records of like length share a batch, batches come in random order."""
+    left = round(epochs * len(order))
+    while left > 0:
+        shuffled = rng.permutation(order)[:left]
+        left -= len(shuffled)
+        pools = np.array_split(shuffled, max(1, len(shuffled) // (size * 8)))
+        for pool in pools:
+            ranked = sorted(pool.tolist(), key=lambda i: len(task.train[i].ids))
+            pieces = [ranked[a : a + size] for a in range(0, len(ranked), size)]
+            yield from (pieces[i] for i in rng.permutation(len(pieces)))
+
+
+@torch.no_grad()
+def large_losses(inner: nn.Module, head: Tensor, examples, table: Tensor, device: torch.device) -> np.ndarray:
+    """Negative log-likelihood per record, float64 `[records]`."""
+    sums = np.zeros(len(examples))
+    for chosen in batches(np.arange(len(examples)), examples):
+        batch = collate([examples[i] for i in chosen], table, device)
+        _, losses = judged_losses(inner, head, batch, batch.weights)
+        sums[chosen] = torch.zeros(len(chosen)).index_add_(0, batch.rows.cpu(), losses.cpu()).numpy()
+    return sums
+
+
+def run_tune(options: argparse.Namespace) -> None:
+    """Tune the proxy, watch the choice slice, score the evaluation records once at the end."""
+    device = torch.device(options.device)
+    task = Task.load(options.work / f"{options.task}.npz")
+    proxy = Proxy.load(options.proxy)
+    token_map = proxy.base.token_map
+    splits = SPLITS[1:2] if options.choice_only else SPLITS[1:]
+    found = {
+        split: answers(
+            None, proxy.base.model, task.split(split), token_map, proxy.table,
+            scores_path(options, options.task, split, token_map), device,
+        )
+        for split in splits
+    }  # fmt: skip
+    modules = MATRICES if options.modules == "all" else tuple(options.modules.split(","))
+    settings = LoraSettings(rank=options.rank, layers=options.layers, modules=modules, directions=options.directions)
+    small = SmallLM(proxy.base, settings, seed=options.seed, device=device)
+    trained = []
+    for name, module in sorted(small.model.named_modules()):
+        if isinstance(module, nn.Linear) and ("lora_B" in name or (options.train_a and "lora_A" in name)):
+            module.weight.requires_grad_(True)
+            trained.append(module)
+    inner = small.model.base_model.model.model
+    head = small.model.base_model.model.lm_head.weight.detach()
+    head = head.float() if options.float32 else head.bfloat16()
+
+    sigma = options.noise_factor * calibrate_noise(
+        epsilon=options.epsilon, delta=DELTA, sampling_rate=options.rate_q, steps=options.steps
+    )
+    mechanism = Mechanism(options.rate_q, options.clip, sigma, thin=options.thin)
+    deviation = sigma * options.clip / (options.rate_q * len(task.train))
+    optimiser = Optimiser(
+        options.optimiser, options.lr, options.steps, decay=options.decay, average=options.average,
+        momentum=options.momentum, noise_variance=deviation**2,
+    )  # fmt: skip
+    rng = np.random.default_rng(options.seed + 1)
+    generator = torch.Generator().manual_seed(options.seed + 1)
+    weights = [module.weight.data for module in trained]
+    checks = set(np.linspace(0, options.steps, options.checks + 1).astype(int).tolist()[1:-1])
+    curve, began, spent = [], time.process_time(), 0.0
+    for step in range(options.steps):
+        start = time.process_time()
+        release = mechanism.release(inner, head, trained, task.train, proxy.table, rng, generator)
+        optimiser.step(weights, release)
+        spent += time.process_time() - start
+        if step + 1 in checks:
+            kept = [w.clone() for w in weights]
+            for weight, mean in zip(weights, optimiser.averaged(weights), strict=True):
+                weight.copy_(mean)
+            after = small_logprobs(small.model, task.choice, proxy.table, device)
+            losses = proxied(found["choice"], after, {str(a): linear(a) for a in CURVE_ALPHAS})
+            curve.append([step + 1, round(spent), *(per_token(task.choice, v) for v in losses.values())])
+            print(json.dumps(curve[-1]), flush=True)
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
+    for weight, mean in zip(weights, optimiser.averaged(weights), strict=True):
+        weight.copy_(mean)
+    name = options.name or f"{options.task}-{round(time.time())}"
+    save_file({str(i): w.contiguous() for i, w in enumerate(weights)}, options.work / f"adapter-{name}.safetensors")
+    result: dict[str, object] = {
+        "name": name, "dimension": sum(w.numel() for w in weights), "sigma": round(sigma, 3),
+        "clipped": round(float(np.mean(mechanism.clipped)), 3), "train_cpu_s": round(spent),
+        "tokens": mechanism.tokens, "tokens_per_cpu_s": round(mechanism.tokens / max(spent, 1e-9)), "curve": curve,
+    }  # fmt: skip
+    for split in splits:
+        result[split] = report(options, name, split, task, found[split], small, proxy, device)
+    result["cpu_s"] = round(time.process_time() - began)
+    write(options, "tune", result)
+
+
+def report(
+    options: argparse.Namespace,
+    name: str,
+    split: str,
+    task: Task,
+    found: Answers,
+    small: SmallLM,
+    proxy: Proxy,
+    device: torch.device,
+) -> dict[str, object]:
+    """All arms on one split; sums per record are kept in an npz file for intervals."""
+    examples = task.split(split)
+    after = small_logprobs(small.model, examples, proxy.table, device)
+    losses = {
+        "large_base": found.losses(-found.target),
+        "small_base": small_alone(found, found.base, proxy.base.token_map),
+        "small_tuned": small_alone(found, after, proxy.base.token_map),
+    } | proxied(found, after, {str(a): linear(a) for a in ALPHAS})
+    np.savez(options.work / f"records-{name}-{split}.npz", tokens=judged_tokens(examples), **losses)
+    return {key: per_token(examples, value) for key, value in losses.items()}
+
+
+def per_token(examples, sums: np.ndarray) -> float:
+    """Nats per judged token, rounded."""
+    value = torch.as_tensor(sums / judged_tokens(examples).sum()).sum()
+    return round(perplexity_free_loss(value), 4)
+
+
+def run_decode(options: argparse.Namespace) -> None:
+    """Compare rules of decoding on one split, for a tuned adapter."""
+    device = torch.device(options.device)
+    line = next(
+        line
+        for line in map(json.loads, (options.work / "results.jsonl").read_text(encoding="utf-8").splitlines())
+        if line.get("name") == options.adapter
+    )
+    chosen = line["settings"]
+    task = Task.load(options.work / f"{options.task}.npz")
+    proxy = Proxy.load(options.proxy)
+    examples = task.split(options.split)
+    path = scores_path(options, options.task, options.split, proxy.base.token_map)
+    found = answers(None, proxy.base.model, examples, proxy.base.token_map, proxy.table, path, device)
+    modules = MATRICES if chosen["modules"] == "all" else tuple(chosen["modules"].split(","))
+    settings = LoraSettings(
+        rank=chosen["rank"], layers=chosen["layers"], modules=modules, directions=chosen["directions"]
+    )
+    small = SmallLM(proxy.base, settings, seed=chosen["seed"], device=device)
+    saved = iter(load_file(options.work / f"adapter-{options.adapter}.safetensors").items())
+    values = dict(sorted(saved, key=lambda item: int(item[0])))
+    targets = [
+        module
+        for name, module in sorted(small.model.named_modules())
+        if isinstance(module, nn.Linear) and ("lora_B" in name or (chosen["train_a"] and "lora_A" in name))
+    ]
+    for module, value in zip(targets, values.values(), strict=True):
+        module.weight.data.copy_(value)
+    after = small_logprobs(small.model, examples, proxy.table, device)
+    rules = {f"alpha {a:g}": linear(a) for a in ALPHAS}
+    for a in (0.75, 1.0, 1.25):
+        rules |= {f"alpha {a:g} temperature {t:g}": linear(a, temperature=t) for t in (0.9, 1.1)}
+        rules |= {f"alpha {a:g} base {b:g}": linear(a, base_weight=b * a) for b in (0.8, 0.9)}
+        rules |= {f"alpha {a:g} mixture {w:g}": mixture(a, w) for w in (0.7, 0.85)}
+        rules |= {f"alpha {a:g} agreement {s:g}": agreement(a, s) for s in (0.1, 0.3)}
+        rules |= {f"alpha {a:g} confidence {s:g}": confidence(a, s) for s in (-0.1, 0.1)}
+        rules |= {f"alpha {a:g} top {k}": top_k(a, k) for k in (100, 1000)}
+        rules |= {f"alpha {a:g} clipped {b:g}": clipped_shift(a, b) for b in (2.0, 4.0)}
+    losses = {name: per_token(examples, value) for name, value in proxied(found, after, rules).items()}
+    write(options, "decode", {"losses": losses})
+
+
+if __name__ == "__main__":
+    main()
