@@ -21,8 +21,8 @@ _LARGEST_ENCODING: Final = 16 << 20
 
 
 def default_threshold(holders: int) -> int:
-    """floor(2n/3) + 1 of n share holders: against a malicious server it tolerates fewer than n/3 colluding clients
-    (Bonawitz et al. 2017, section 6.2), and a third of the clients, less one, may vanish."""
+    """floor(2n/3) + 1 of n share holders, as in Bonawitz et al. 2017 for a malicious server: it tolerates fewer than n/3
+    colluding clients, since 2t > n + n_C, and a third of the clients, less one, may vanish."""
     return 2 * holders // 3 + 1
 
 
@@ -77,6 +77,9 @@ class RoundContext:
         ):
             if not isinstance(value, bytes) or len(value) != size:
                 yield f"{name} must be {size} bytes"
+        if self.degree is not None and not isinstance(self.degree, int):
+            yield f"degree is {self.degree!r}; it must be an integer, or None for the complete graph"
+            return
         size = len(self.cohort)
         if not 2 <= size <= LARGEST_ROSTER:
             yield f"the cohort has {size} clients; it needs 2 to {LARGEST_ROSTER}"

@@ -83,6 +83,8 @@ def replace_context(context, change):
         {"threshold": 6},
         {"minimum_survivors": 1},
         {"minimum_survivors": 6},
+        {"degree": "2"},
+        {"degree": 2.0},
         {"degree": 3},
         {"degree": 0},
         {"degree": 4},
