@@ -6,6 +6,7 @@ and the unit's indicator travels along as the last coordinate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,6 @@ from fedpt_secure.privacy.examples import SmallExample
 from fedpt_secure.privacy.noise import NoiseSource
 
 FloatArray = npt.NDArray[np.float64]
-_NO_CLIPPING = 1e30
 
 
 def sampled_gradient_sum(
@@ -70,7 +70,7 @@ def clipped_client_update(
     moved = np.zeros(small.dimension)
     try:
         for _ in range(steps):
-            total = clipped_sum(small, examples, clip_norm=_NO_CLIPPING)
+            total = clipped_sum(small, examples, clip_norm=math.inf)
             moved -= learning_rate / max(1, len(examples)) * total.vector
             small.load_adapter_vector((before + moved).astype(np.float32))
     finally:

@@ -1,29 +1,34 @@
 """The sum of clipped per-example gradients: all that a Gaussian mechanism on examples asks of training.
 
-Noise, sampling, rounding and accounting are the mechanisms' own; this is the part of them that touches records.
+Noise, sampling, encoding and accounting are the mechanisms' own; this is the part of them that touches records. Its
+guarantee is meant for floating-point numbers as they are, not for the reals they stand for (Casacuberta et al. 2022,
+"Widespread underestimation of sensitivity in differentially private libraries"); docs/dp_training.md has the argument
+and what each method costs.
 """
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from opacus.grad_sample import GradSampleHooks
 
 from fedpt_secure.errors import PrivacyError
 from fedpt_secure.lm.small import SmallLM
-from fedpt_secure.privacy.examples import SmallExample, example_losses
+from fedpt_secure.privacy.bookkeeping import bookkeeping_gradients
+from fedpt_secure.privacy.examples import SmallExample
+from fedpt_secure.privacy.opacus_gradients import ghost_sums, hook_gradients
 
-PHYSICAL_BATCH = 32
-"""Examples per forward pass; bounds memory, does not touch the mathematics."""
+Method = Literal["bookkeeping", "hooks", "ghost"]
 
-_NORM_ROUNDING = 1e-9
-"""Relative error a computed norm may have: far above that of a float64 sum of squares over 1e6 entries."""
+_SMALLEST_CLIP_NORM = float(np.finfo(np.float32).tiny)
+_GRID_BITS = 32
+_MOST_EXAMPLES = 2 ** (53 - _GRID_BITS)  # their sum, in grid steps, is an integer that float64 holds
+_NORM_ROUNDING = 1e-9  # relative; a float64 norm of 1e6 entries is far more exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,71 +47,97 @@ class ClippedSum:
     norms: npt.NDArray[np.float64]
 
 
-def clipped_sum(small: SmallLM, examples: Sequence[SmallExample], *, clip_norm: float) -> ClippedSum:
+def clipped_sum(
+    small: SmallLM,
+    examples: Sequence[SmallExample],
+    *,
+    clip_norm: float,
+    method: Method = "bookkeeping",
+    examples_per_pass: int = 1,
+) -> ClippedSum:
     """Sum the examples' gradients at the loaded adapter, each scaled down to `clip_norm` where it is longer.
 
-    **Guarantees** Every term's L2 norm is at most `clip_norm`, whatever the weights and the example: lengths and
-    products are float64, and the norm is rounded up. A gradient that is not finite counts as zero: clipping cannot
-    bound it, and no noise hides a NaN; weights that overflow on one record would otherwise be a way to ask for it.
-    No examples give the zero vector.
+    **Guarantees** Adding or removing one example moves `vector` by an L2 norm of at most `clip_norm`, rounding
+    included, whatever the weights and the example are:
 
-    **Assumptions** An example's gradient is a function of the weights and of that example.
+    - each term's norm is at most `clip_norm`: lengths and products are float64, and the length is rounded up;
+    - terms are cut toward zero to a grid of 2^-32 of the clip norm, on which float64 sums are exact, so that neither
+      the order nor the number of the other terms changes what one of them adds;
+    - a gradient that is not finite counts as zero: clipping cannot bound it, and no noise hides a NaN; weights that
+      overflow on one record would otherwise be a way to ask for it;
+    - no examples give the zero vector.
+
+    **Assumptions** An example's gradient is a function of the weights and of that example alone. With one example per
+    pass that holds by construction, if the processor repeats itself. With more, the gradient is computed in an array
+    whose shape the other examples decide, and rounding follows the shape (1e-7 of the gradient in float32, 1e-3
+    in bfloat16).
+
+    Args:
+        clip_norm: inf does not clip: for a sum that is clipped as a whole. Only the last two guarantees hold then.
+        method: `bookkeeping` (one backward pass, `privacy.bookkeeping`); `hooks` and `ghost` are Opacus's, for
+            comparison. `ghost` sums in float32, so that its guarantee holds up to rounding.
+        examples_per_pass: examples in one forward pass; where the assumption is to be had by construction, 1.
 
     Raises:
-        PrivacyError: `clip_norm` is not a finite number above 0.
+        PrivacyError: `clip_norm` is not a positive number within float32's range, more examples than the grid can sum,
+            or a model whose layers do not keep examples apart.
     """
-    if not (np.isfinite(clip_norm) and clip_norm > 0):
-        raise PrivacyError(f"clip_norm is {clip_norm}, must be a finite number above 0")
-    total = torch.zeros(small.dimension, dtype=torch.float64)
+    if not clip_norm >= _SMALLEST_CLIP_NORM:
+        raise PrivacyError(f"clip_norm is {clip_norm}, must be at least {_SMALLEST_CLIP_NORM:g}")
+    if len(examples) > _MOST_EXAMPLES:
+        raise PrivacyError(f"{len(examples)} examples in one sum; at most {_MOST_EXAMPLES} add up exactly")
+    total = _GridSum(small.dimension, clip_norm)
     norms = np.zeros(len(examples))
-    with _opacus_hooks(small):
-        for chosen in _physical_batches(examples):
-            _backward(example_losses(small, [examples[index] for index in chosen]).sum())
-            norms[chosen] = _add_clipped(total, _take_gradients(small), clip_norm)
-    return ClippedSum(total.numpy(), norms)
+    if method == "ghost":
+        with ghost_sums(small, total.scales) as sums:
+            for chosen, batch in _passes(examples, examples_per_pass):
+                part, norms[chosen] = sums(batch)
+                total.add_floats(part)
+    else:
+        with (bookkeeping_gradients if method == "bookkeeping" else hook_gradients)(small) as gradients:
+            for chosen, batch in _passes(examples, examples_per_pass):
+                norms[chosen] = total.add(gradients(batch))
+    return ClippedSum(total.value(), norms)
 
 
-@contextmanager
-def _opacus_hooks(small: SmallLM) -> Iterator[None]:
-    hooks = GradSampleHooks(small.model, loss_reduction="sum")
-    # Opacus records activations in training mode only; without dropout the mode changes nothing else.
-    small.model.train()
-    try:
-        yield
-    finally:
-        hooks.cleanup()
-        small.model.eval()
+class _GridSum:
+    """Clips vectors and adds them up, in steps of a power of two near 2^-32 of the clip norm."""
+
+    def __init__(self, dimension: int, clip_norm: float) -> None:
+        self._clip_norm = clip_norm
+        self._step = 2.0 ** (math.frexp(clip_norm)[1] - _GRID_BITS) if math.isfinite(clip_norm) else None
+        self._total = torch.zeros(dimension, dtype=torch.float64)
+
+    def scales(self, norms: torch.Tensor) -> torch.Tensor:
+        """Factor for each vector of these norms: at most 1, and 0 where the norm is not finite."""
+        longest = norms.double() * (1 + _NORM_ROUNDING)
+        return torch.where(longest.isfinite(), (self._clip_norm / longest).clamp(max=1.0), 0.0)
+
+    def add(self, vectors: torch.Tensor) -> npt.NDArray[np.float64]:
+        """Clip and add the rows of `[n, d]`; their norms before that, inf where not finite."""
+        norms = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).nan_to_num(nan=torch.inf)
+        for vector, scale in zip(vectors, self.scales(norms).tolist(), strict=True):
+            if scale == 0:  # a product of 0 and inf would be NaN
+                continue
+            clipped = vector.double().mul_(scale)
+            if self._step is not None:
+                clipped.div_(self._step).trunc_().mul_(self._step)
+            self._total += clipped
+        return np.asarray(norms.numpy())
+
+    def add_floats(self, vector: torch.Tensor) -> None:
+        """Add `[d]` as it is."""
+        self._total += vector
+
+    def value(self) -> npt.NDArray[np.float64]:
+        return np.asarray(self._total.numpy())
 
 
-def _backward(loss: torch.Tensor) -> None:
-    with warnings.catch_warnings():
-        # The lowest adapter's input needs no gradient, because everything below it is frozen; that is meant.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-        torch.autograd.backward(loss)
-
-
-def _take_gradients(small: SmallLM) -> torch.Tensor:
-    """The physical batch's per-example gradients, float32 `[batch, d]`; Opacus forgets them."""
-    samples = []
-    for parameter in small.trainable:
-        samples.append(parameter.grad_sample.flatten(1).cpu())  # type: ignore[attr-defined]  # Opacus's attribute
-        parameter.grad_sample = None  # type: ignore[attr-defined]
-        parameter.grad = None
-    return torch.cat(samples, dim=1)
-
-
-def _add_clipped(total: torch.Tensor, gradients: torch.Tensor, clip_norm: float) -> npt.NDArray[np.float64]:
-    """Add each row's clipped gradient to `total`, `[d]`; the norms before clipping, `[batch]`."""
-    norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64).nan_to_num(nan=torch.inf).numpy()
-    for row, norm in zip(gradients, norms.tolist(), strict=True):
-        if np.isfinite(norm):
-            longest = norm * (1 + _NORM_ROUNDING)
-            total.add_(row, alpha=1.0 if longest <= clip_norm else clip_norm / longest)
-    return np.asarray(norms)
-
-
-def _physical_batches(examples: Sequence[SmallExample]) -> Iterator[npt.NDArray[np.int64]]:
-    """Indices of each physical batch, like lengths together, so that little is padded."""
-    order = np.argsort([len(example.ids) for example in examples], kind="stable")
-    for start in range(0, len(order), PHYSICAL_BATCH):
-        yield order[start : start + PHYSICAL_BATCH]
+def _passes(
+    examples: Sequence[SmallExample], examples_per_pass: int
+) -> Iterator[tuple[npt.NDArray[np.int64], list[SmallExample]]]:
+    """Each pass's examples and their indices, like lengths together, so that little is padded."""
+    order = np.argsort([len(example.ids) for example in examples], kind="stable").astype(np.int64)
+    for start in range(0, len(order), examples_per_pass):
+        chosen = order[start : start + examples_per_pass]
+        yield chosen, [examples[index] for index in chosen]

@@ -139,8 +139,8 @@ def test_records_are_sampled_at_the_public_rate():
             return coins
 
     source = Counting()
-    train_locally(small_lm(), examples(60), settings(sampling_rate=0.3, steps=30), noise=source)
-    mean, deviation = 0.3 * 60 * 30, (0.21 * 60 * 30) ** 0.5
+    train_locally(small_lm(), examples(20), settings(sampling_rate=0.3, steps=20), noise=source)
+    mean, deviation = 0.3 * 20 * 20, (0.21 * 20 * 20) ** 0.5
     assert abs(source.heads - mean) < 5 * deviation
 
 

@@ -1,0 +1,78 @@
+"""Per-example gradients of LoRA's B matrices from one forward and one backward pass.
+
+Book-keeping (Bu et al. 2023, "Differentially private optimization on large model at small cost"): a linear layer's
+weight gradient for example i is g_i^T x_i, with x_i the layer's input and g_i the gradient at its output, both over the
+example's positions; one backward pass meets all of them. Bu et al. go on to take norms from Gram matrices and to form
+the clipped sum in a second product, so as never to hold a gradient per example. For B that would cost more: with input
+width r, T positions and output width o, g_i^T x_i takes T o r multiplications and o r numbers, the Gram matrices
+T^2 (o + r), and r is below T. It would also sum in float32, where a term's bound holds up to rounding only.
+
+Opacus's hooks compute the same products. They leave the parameters' ordinary gradient switched on, so that autograd
+forms it as well; here the parameters need no gradient and only the layers' outputs do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from fedpt_secure.errors import PrivacyError
+from fedpt_secure.lm.small import SmallLM
+from fedpt_secure.privacy.examples import SmallExample, example_losses
+
+ExampleGradients = Callable[[Sequence[SmallExample]], torch.Tensor]
+"""Per-example gradients, float32 `[batch, d]` on the CPU, in the order of `SmallLM.adapter_vector`."""
+
+
+@contextmanager
+def bookkeeping_gradients(small: SmallLM) -> Iterator[ExampleGradients]:
+    """Yield the function; on leaving, the model is as it was.
+
+    Raises:
+        PrivacyError: a trained parameter is not the weight of a linear layer without bias, or, from the function, such
+            a layer does not run exactly once, or sees no axis of examples.
+    """
+    layers = _trained_layers(small)
+    gradients: dict[int, torch.Tensor] = {}
+
+    def watch(index: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], None]:
+        def on_forward(_: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            x = inputs[0].detach()
+
+            def on_backward(g: torch.Tensor) -> None:
+                if index in gradients or x.dim() != 3:
+                    raise PrivacyError("a trained layer runs twice, or not on [examples, positions, width]")
+                gradients[index] = torch.bmm(g.transpose(1, 2), x)
+
+            if not output.requires_grad:  # nothing below this layer is trained: the backward pass ends here
+                output.requires_grad_()
+            output.register_hook(on_backward)  # type: ignore[no-untyped-call]
+
+        return on_forward
+
+    def compute(batch: Sequence[SmallExample]) -> torch.Tensor:
+        gradients.clear()
+        torch.autograd.backward(example_losses(small, batch).sum())
+        if len(gradients) != len(layers) or any(len(part) != len(batch) for part in gradients.values()):
+            raise PrivacyError("a trained layer did not run once for each example")
+        return torch.cat([gradients.pop(index).flatten(1).cpu() for index in range(len(layers))], dim=1).float()
+
+    with ExitStack() as undo:
+        for index, layer in enumerate(layers):
+            layer.weight.requires_grad_(False)
+            undo.callback(layer.weight.requires_grad_, True)
+            undo.callback(layer.register_forward_hook(watch(index)).remove)
+        yield compute
+
+
+def _trained_layers(small: SmallLM) -> list[torch.nn.Linear]:
+    owners: dict[int, torch.nn.Linear] = {}
+    for module in small.model.modules():
+        if isinstance(module, torch.nn.Linear) and module.bias is None:
+            owners[id(module.weight)] = module
+    layers = [owners[id(parameter)] for parameter in small.trainable if id(parameter) in owners]
+    if len(layers) != len(small.trainable):
+        raise PrivacyError("a trained parameter is not the weight of a linear layer without bias")
+    return layers
