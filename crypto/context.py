@@ -21,8 +21,10 @@ _LARGEST_ENCODING: Final = 16 << 20
 
 
 def default_threshold(holders: int) -> int:
-    """floor(2n/3) + 1 of n share holders, as in Bonawitz et al. 2017 for a malicious server: it tolerates fewer than n/3
-    colluding clients, since 2t > n + n_C, and a third of the clients, less one, may vanish."""
+    """floor(2n/3) + 1 of n share holders, as in Bonawitz et al. 2017 for a malicious server.
+
+    It tolerates fewer than n/3 colluding clients, since 2t > n + n_C, and a third of the clients, less one, may vanish.
+    """
     return 2 * holders // 3 + 1
 
 
