@@ -8,6 +8,7 @@ import warnings
 import typer
 
 from fedpt_secure import __version__
+from fedpt_secure.cli.crypto_parameters import crypto
 from fedpt_secure.cli.fetch import fetch
 from fedpt_secure.cli.generate import generate
 from fedpt_secure.cli.keys import keys
@@ -26,6 +27,7 @@ app.command()(train)
 app.command()(generate)
 app.command()(fetch)
 app.add_typer(keys)
+app.add_typer(crypto)
 
 
 def _show_version(value: bool) -> None:
