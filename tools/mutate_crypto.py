@@ -57,7 +57,14 @@ MODULES = (
     "labels",
     "wiping",
 )
-UNRELATED = ("test_ckks", "test_fuzz", "test_identity_files", "test_key_files", "test_passphrases")
+UNRELATED = (
+    "test_ckks",
+    "test_fuzz",
+    "test_identity_files",
+    "test_mutation_tool",
+    "test_parameter_report",
+    "test_server_memory",
+)
 """Tests of modules that are not mutated here; they only cost time."""
 
 SECONDS_A_MUTANT = 150
@@ -214,10 +221,12 @@ def _copy_of_the_package(folder: Path) -> None:
 
 def _test_files(folder: Path, module: str) -> list[str]:
     """All tests of the package, those most likely to notice first."""
-    first = [f"test_{module}.py", "test_policy.py", "test_messages.py", "test_adversarial_server.py", "test_round.py"]
+    first = [f"test_{module}.py", "test_golden_vectors.py", "test_attacks.py", "test_single_use.py", "test_round.py"]
     names = sorted(path.name for path in (folder / "tests" / "crypto").glob("test_*.py"))
     names = [name for name in names if not name.startswith(UNRELATED)]
-    ordered = [name for name in first if name in names] + [name for name in names if name not in first]
+    last = ["test_stateful.py", "test_one_sum.py", "test_masked_looks_uniform.py"]
+    between = [name for name in names if name not in first and name not in last]
+    ordered = [name for name in [*first, *between, *last] if name in names]
     return [f"tests/crypto/{name}" for name in dict.fromkeys(ordered)]
 
 
