@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +102,8 @@ class CkksClient:
         self._register = register
         self._random_bytes = random_bytes
         self._index = context.index_of(client_id)
+        self._turn = RLock()
+        self._discarded = False
         self._state = ClientState.READY
         self._channel = KeyPair.generate(random_bytes)
         self._signature = b""
@@ -270,22 +274,34 @@ class CkksClient:
             )
 
     def discard(self) -> None:
-        """Drop every secret and end the machine. Safe to call at any time, more than once."""
-        self._erase()
-        if self._state is not ClientState.FINISHED:
-            self._state = ClientState.ABORTED
+        """Drop every secret and end the machine, as `SecAggClient.discard` does. Safe to call at any time."""
+        with self._turn:
+            self._discarded = True
+            self._erase()
+            if self._state is not ClientState.FINISHED:
+                self._state = ClientState.ABORTED
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise ProtocolStateError("a client is neither copied nor pickled: the copy could be shown another sum")
 
     @contextmanager
     def _step(self, expected: ClientState, following: ClientState) -> Iterator[None]:
-        self._require_state(expected)
-        # Aborted until the step has run to its end: an exception of any kind leaves no state to go on from.
-        self._state = ClientState.ABORTED
+        if not self._turn.acquire(blocking=False):
+            raise ProtocolStateError("another thread is using this client; it serves one at a time")
         try:
-            yield
-        except BaseException:
-            self.discard()
-            raise
-        self._state = following
+            self._require_state(expected)
+            # Aborted until the step has run to its end: an exception of any kind leaves no state to go on from.
+            self._state = ClientState.ABORTED
+            try:
+                yield
+                if self._discarded:
+                    raise ProtocolStateError("the client was discarded while this call ran; its answer is void")
+            except BaseException:
+                self.discard()
+                raise
+            self._state = following
+        finally:
+            self._turn.release()
 
     def _require_state(self, expected: ClientState) -> None:
         if self._state is not expected:

@@ -7,7 +7,10 @@ inside envelopes that it cannot open. Which sum comes out, clients say: a quorum
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import wraps
+from threading import RLock
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +31,7 @@ from fedpt_secure.crypto.errors import (
     DealerMissing,
     DecryptionDisputed,
     DuplicateMessage,
+    MalformedMessage,
     ProtocolStateError,
     TranscriptMismatch,
     UnknownSender,
@@ -36,6 +40,19 @@ from fedpt_secure.crypto.identities import Roster
 from fedpt_secure.crypto.labels import CkksLabel, digest
 from fedpt_secure.crypto.messages import encode_set, split_records
 from fedpt_secure.crypto.server import ServerState
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _one_at_a_time(method: _Method) -> _Method:
+    """A method that no other one overlaps: of two threads that add at once, one's vector could be twice in the sum."""
+
+    @wraps(method)
+    def alone(server: CkksServer, *arguments: Any, **settings: Any) -> Any:
+        with server._turn:
+            return method(server, *arguments, **settings)
+
+    return cast(_Method, alone)
 
 
 class CkksServer:
@@ -60,6 +77,7 @@ class CkksServer:
         self._session = CkksSession(context, parameters)
         self._context = context
         self._roster = roster
+        self._turn = RLock()
         self._state = ServerState.ADVERTISING
         self._advertisements: dict[int, messages.CkksAdvertisement] = {}
         self._channel_keys: set[bytes] = set()
@@ -104,6 +122,7 @@ class CkksServer:
         """Clients that decrypted to something else than the quorum; known once the sum is."""
         return self._names(self._liars)
 
+    @_one_at_a_time
     def receive_advertisement(self, client_id: str, message: bytes) -> None:
         """Phase 1: take one client's channel key.
 
@@ -118,6 +137,7 @@ class CkksServer:
         self._channel_keys.add(advertisement.channel_key)
         self._advertisements[sender] = advertisement
 
+    @_one_at_a_time
     def publish_keys(self) -> bytes:
         """Close phase 1: the key directory, the same bytes for every member.
 
@@ -130,6 +150,7 @@ class CkksServer:
         self._state = ServerState.SHARING
         return self._directory.to_bytes()
 
+    @_one_at_a_time
     def receive_shares(self, client_id: str, message: bytes) -> None:
         """Phase 2: take the dealer's sealed keys, or another client's word that it is ready.
 
@@ -147,6 +168,7 @@ class CkksServer:
             self._roster.verify(client_id, signed, ready.signature)
         self._ready.add(sender)
 
+    @_one_at_a_time
     def route_shares(self) -> dict[str, bytes]:
         """Close phase 2: one inbox for each client that answered, by client id.
 
@@ -181,6 +203,7 @@ class CkksServer:
         self._state = ServerState.MASKING
         return inboxes
 
+    @_one_at_a_time
     def receive_masked(self, client_id: str, message: bytes) -> None:
         """Phase 3: add one client's ciphertexts to the running sum.
 
@@ -200,9 +223,17 @@ class CkksServer:
         self._roster.verify(client_id, signed, vector.signature)
         if vector.sharers != encode_set(self._sharers, self._context):
             raise TranscriptMismatch(f"client {client_id!r} was told of other sharers than the server routed to")
-        total.add(vector.ciphertexts)
+        try:
+            total.add(vector.ciphertexts)
+        except MalformedMessage:
+            raise
+        except BaseException:
+            # A vector that was added in part, as when memory runs out, must not stay in the sum.
+            self._abort()
+            raise
         self._digests[sender] = ciphertexts
 
+    @_one_at_a_time
     def publish_survivors(self) -> bytes:
         """Close phase 3: survivors, their ciphertexts' digests and the sum's, the same bytes for every survivor.
 
@@ -234,6 +265,7 @@ class CkksServer:
             )
         )
 
+    @_one_at_a_time
     def receive_confirmation(self, client_id: str, message: bytes) -> None:
         """Phase 4: take one survivor's signature on the survivors and the sum.
 
@@ -246,6 +278,7 @@ class CkksServer:
         self._roster.verify(client_id, self._statement, confirmation.signature)
         self._confirmations[sender] = confirmation.signature
 
+    @_one_at_a_time
     def publish_confirmations(self) -> bytes:
         """Close phase 4: all signatures and the encrypted sum, the same bytes for everyone that confirmed.
 
@@ -266,6 +299,7 @@ class CkksServer:
             )
         )
 
+    @_one_at_a_time
     def receive_unmasking(self, client_id: str, message: bytes) -> None:
         """Phase 5: take what one client decrypted the sum to.
 
@@ -284,6 +318,7 @@ class CkksServer:
         self._answers[sender] = digest(CkksLabel.ANSWER, (answer.values,))
         self._leading.hear(self._answers[sender], values)
 
+    @_one_at_a_time
     def aggregate(self) -> npt.NDArray[np.float64]:
         """Close phase 5 and the round: the sum of the survivors' vectors, each coordinate within the error bound.
 
