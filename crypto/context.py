@@ -194,6 +194,8 @@ class RoundContext:
             MalformedMessage: not the canonical encoding of a context of this protocol version and suite.
             ParameterError: its values are not acceptable.
         """
+        if not isinstance(encoded, bytes):
+            raise MalformedMessage(f"a round context is read from bytes, not from a {type(encoded).__name__}")
         if len(encoded) > _LARGEST_ENCODING:
             raise MalformedMessage(f"a round context has at most {_LARGEST_ENCODING} bytes, not {len(encoded)}")
         try:

@@ -130,6 +130,72 @@ def test_a_context_beyond_any_roster_is_refused_before_it_is_parsed():
         RoundContext.from_bytes(bytes(17 << 20))
 
 
+@pytest.mark.parametrize("wrong", [None, "text", 3, bytearray(b"x")])
+def test_a_context_is_read_from_bytes_only(wrong):
+    with pytest.raises(MalformedMessage, match="is read from bytes"):
+        RoundContext.from_bytes(wrong)
+
+
+def _context_of(size):
+    names = tuple(f"{number:05d}" for number in range(size))
+    return RoundContext(**GOOD | {"cohort": names, "threshold": 2, "minimum_survivors": 2})
+
+
+def test_a_cohort_has_two_clients_to_as_many_as_a_roster_can_hold():
+    assert len(_context_of(2).cohort) == 2
+    assert len(_context_of(1 << 16).cohort) == 1 << 16
+    with pytest.raises(ParameterError, match="the cohort has 65537"):
+        _context_of((1 << 16) + 1)
+    with pytest.raises(ParameterError, match="the cohort has 1 clients"):
+        RoundContext(**GOOD | {"cohort": ("a",)})
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("round_index", 0, 2**32),
+        ("attempt", 0, 2**32),
+        ("vector_length", 1, 2**31),
+        ("ring_bits", 16, 64),
+        ("threshold", 2, 5),
+        ("minimum_survivors", 2, 5),
+    ],
+)
+def test_every_number_has_bounds_that_it_may_reach(name, least, most):
+    for value in (least, most):
+        assert getattr(RoundContext(**GOOD | {name: value}), name) == value
+    for value in (least - 1, most + 1, 2.5, "3", None):
+        with pytest.raises(ParameterError, match=name):
+            RoundContext(**GOOD | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "accepted"),
+    [
+        ({"degree": 2, "threshold": 3}, True),
+        ({"degree": 3, "threshold": 3}, False),
+        ({"degree": 4, "threshold": 3}, False),
+        ({"degree": 2, "threshold": 4}, False),
+        ({"cohort": tuple("abcdef"), "degree": 4, "threshold": 5, "minimum_survivors": 4}, True),
+        ({"cohort": tuple("abcdef"), "degree": 4, "threshold": 5, "minimum_survivors": 3}, False),
+    ],
+    ids=str,
+)
+def test_a_sparse_graph_fits_its_cohort_threshold_and_quorum(change, accepted):
+    if accepted:
+        assert RoundContext(**GOOD | change).degree == change["degree"]
+        return
+    with pytest.raises(ParameterError):
+        RoundContext(**GOOD | change)
+
+
+def test_a_context_of_the_largest_size_is_parsed_and_one_byte_more_is_not():
+    with pytest.raises(MalformedMessage, match="not a round context"):
+        RoundContext.from_bytes(bytes(16 << 20))
+    with pytest.raises(MalformedMessage, match="at most 16777216 bytes"):
+        RoundContext.from_bytes(bytes((16 << 20) + 1))
+
+
 def test_a_context_is_frozen():
     context = RoundContext(**GOOD)
     with pytest.raises(AttributeError):
