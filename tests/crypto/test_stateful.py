@@ -1,5 +1,6 @@
 """Any interleaving of silence, duplicates, replays, mix-ups and corrupted bytes: the exact sum, or a typed abort."""
 
+import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -7,21 +8,24 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from fedpt_secure.crypto import BelowThreshold, ClientState, CryptoError, MessageError, ProtocolStateError, ServerState
 
 PHASES = ["advertise", "share", "mask", "confirm", "unmask"]
-SIZE, THRESHOLD = 7, 4
+SIZE = 7
 CLIENTS = st.integers(0, SIZE - 1)
+COMPLETE = {"threshold": 4}
+SPARSE = {"degree": 4, "threshold": 4, "minimum_survivors": 6}
 
 
-def machine_for(cohort):
+def machine_for(cohort, parameters):
     """The state machine over a cohort; a factory, because Hypothesis makes instances itself."""
-    context = cohort.context(threshold=THRESHOLD)
-    earlier = cohort.round(cohort.context(threshold=THRESHOLD, attempt=7))
+    context = cohort.context(**parameters)
+    enough = max(context.threshold, context.minimum_survivors)  # for every phase; in a sparse graph, whoever is missing
+    earlier = cohort.round(cohort.context(**parameters, attempt=7))
     for phase in PHASES:
         getattr(earlier, phase)()
 
     class Interleaving(RuleBasedStateMachine):
         """Clients act and messages arrive in any order; whoever is deceived or silent drops out."""
 
-        @initialize(doomed=st.sets(CLIENTS, max_size=SIZE - THRESHOLD + 1))
+        @initialize(doomed=st.sets(CLIENTS, max_size=SIZE - enough + 1))
         def start(self, doomed):
             self.doomed = doomed  # clients that may be deceived or give up; one more than the round can bear
             self.round = cohort.round(context)
@@ -115,7 +119,7 @@ def machine_for(cohort):
         @precondition(lambda self: self.running)
         @rule(hasty=st.integers(0, 9))
         def phase_closes(self, hasty):
-            if len(self.arrived) < THRESHOLD and hasty:
+            if len(self.arrived) < enough and hasty:
                 return
             heard, self.arrived = self.arrived, set()
             phase = PHASES[self.phase]
@@ -126,7 +130,7 @@ def machine_for(cohort):
                 else:
                     self.round.close(phase)
             except BelowThreshold:
-                assert len(heard) < THRESHOLD
+                assert len(heard) < enough
                 assert self.round.server.state is ServerState.ABORTED
                 event("aborted")
                 self.phase = len(PHASES)
@@ -143,7 +147,7 @@ def machine_for(cohort):
 
         def the_sum_is_exact(self, total):
             survivors = self.round.server.survivors
-            assert len(survivors) >= THRESHOLD
+            assert len(survivors) >= enough
             assert (total == self.round.plain_sum(survivors)).all()
             event("summed")
 
@@ -155,8 +159,9 @@ def machine_for(cohort):
     return Interleaving
 
 
-def test_any_interleaving_gives_the_exact_sum_or_a_typed_abort(make_cohort):
+@pytest.mark.parametrize("parameters", [COMPLETE, SPARSE], ids=["complete graph", "sparse graph"])
+def test_any_interleaving_gives_the_exact_sum_or_a_typed_abort(make_cohort, parameters):
     run_state_machine_as_test(
-        machine_for(make_cohort(SIZE)),
+        machine_for(make_cohort(SIZE), parameters),
         settings=settings(deadline=None, max_examples=80, stateful_step_count=40),
     )
