@@ -63,8 +63,12 @@ def parameters(
 def _row(
     cohort: int, fractions: tuple[float, float], *, bits: dict[str, int], vector: tuple[int, int]
 ) -> dict[str, Any]:
-    from fedpt_secure.crypto import CryptoError, secure_aggregation_parameters
-    from fedpt_secure.crypto.parameter_report import client_bytes, failure_probabilities
+    from fedpt_secure.crypto import (
+        CryptoError,
+        client_bytes,
+        failure_probabilities,
+        secure_aggregation_parameters,
+    )
 
     try:
         chosen = secure_aggregation_parameters(

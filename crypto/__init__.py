@@ -56,6 +56,12 @@ from fedpt_secure.crypto.identity_files import (
 )
 from fedpt_secure.crypto.labels import PROTOCOL_VERSION, SUITE
 from fedpt_secure.crypto.packing import ring_dtype
+from fedpt_secure.crypto.parameter_report import (
+    ClientBytes,
+    FailureProbabilities,
+    client_bytes,
+    failure_probabilities,
+)
 from fedpt_secure.crypto.parameters import SecureAggregationParameters, secure_aggregation_parameters
 from fedpt_secure.crypto.policy import ClientPolicy, MemoryRoundRegister, RoundRegister
 from fedpt_secure.crypto.prg import RingVector
@@ -71,6 +77,7 @@ __all__ = [
     "CkksParameters",
     "CkksServer",
     "CkksUnavailable",
+    "ClientBytes",
     "ClientPolicy",
     "ClientState",
     "CryptoError",
@@ -79,6 +86,7 @@ __all__ = [
     "DuplicateKey",
     "DuplicateMessage",
     "EncodingError",
+    "FailureProbabilities",
     "FixedPointEncoding",
     "Identity",
     "InsecureDeterministicBytes",
@@ -115,8 +123,10 @@ __all__ = [
     "UnknownSender",
     "UnsafePublicKey",
     "WrongSession",
+    "client_bytes",
     "create_identity",
     "default_threshold",
+    "failure_probabilities",
     "load_identity",
     "require_tenseal",
     "ring_dtype",

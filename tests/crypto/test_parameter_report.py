@@ -8,8 +8,12 @@ from math import log, log2
 import pytest
 from scipy.stats import hypergeom
 
-from fedpt_secure.crypto import ParameterError, secure_aggregation_parameters
-from fedpt_secure.crypto.parameter_report import client_bytes, failure_probabilities
+from fedpt_secure.crypto import (
+    ParameterError,
+    client_bytes,
+    failure_probabilities,
+    secure_aggregation_parameters,
+)
 
 
 @pytest.mark.parametrize("cohort", [256, 1000])
