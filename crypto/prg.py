@@ -17,9 +17,10 @@ free.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import pairwise
 from threading import Lock
 from typing import Any, Final, Literal
 
@@ -39,6 +40,7 @@ AES_BLOCK_BYTES: Final = 16
 _STREAMS_AT_ONCE: Final = 256  # cipher states alive per worker; bounds memory when thousands of masks are undone
 _ZEROS: Final = bytes(CHUNK_BYTES)
 
+_CACHE_LINE_BYTES: Final = 64
 _HEAD_BYTES: Final = 2 * AES_BLOCK_BYTES  # blocks that come before the first one of GCM
 _GCM_NONCE: Final = bytes(12)
 
@@ -117,8 +119,8 @@ def apply_masks(vector: RingVector, masks: Sequence[SignedKey], *, workers: int 
 
 def _apply(vector: RingVector, masks: Sequence[SignedKey], lock: Lock | None) -> None:
     # Masks are words in little-endian order on every machine, or two machines' masks would not cancel.
-    chunk = np.empty(CHUNK_BYTES // vector.dtype.itemsize, dtype=vector.dtype.newbyteorder("<"))
-    gathered = np.empty(chunk.size if lock else 0, dtype=vector.dtype)
+    chunk = _cache_aligned(CHUNK_BYTES, vector.dtype.newbyteorder("<"))
+    gathered = _cache_aligned(CHUNK_BYTES if lock else 0, vector.dtype)
     for first in range(0, len(masks), _STREAMS_AT_ONCE):
         streams = []
         for sign, key in masks[first : first + _STREAMS_AT_ONCE]:
@@ -129,9 +131,8 @@ def _apply(vector: RingVector, masks: Sequence[SignedKey], lock: Lock | None) ->
             with lock or nullcontext():
                 combine(vector[: words.size], words, out=vector[: words.size])
         # Chunk outside, masks inside: the piece of the vector is read into the cache once for all masks.
-        for start in range(_HEAD_BYTES // vector.dtype.itemsize, vector.size, chunk.size):
-            piece = vector[start : start + chunk.size]
-            words = chunk[: piece.size]
+        for start, stop in _pieces(vector, chunk.size):
+            piece, words = vector[start:stop], chunk[: stop - start]
             if lock is None:
                 _add_next(piece, words, streams)
                 continue
@@ -143,6 +144,25 @@ def _apply(vector: RingVector, masks: Sequence[SignedKey], lock: Lock | None) ->
                 np.add(piece, part, out=piece)
     chunk.fill(0)
     gathered.fill(0)
+
+
+def _pieces(vector: RingVector, most: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of the pieces, of at most `most` elements, that follow the head.
+
+    All but the first begin on a cache line where the vector's own address allows it: vector instructions that straddle
+    two lines cost a tenth of the speed.
+    """
+    head = _HEAD_BYTES // vector.itemsize
+    lead = -(vector.ctypes.data + _HEAD_BYTES) % _CACHE_LINE_BYTES // vector.itemsize
+    bounds = [head, *range(head + lead, vector.size, most), vector.size]
+    return ((start, stop) for start, stop in pairwise(bounds) if start < stop)
+
+
+def _cache_aligned(size: int, dtype: np.dtype[Any]) -> RingVector:
+    """`size` bytes that begin on a cache line; NumPy aligns to 16 bytes only."""
+    octets = np.empty(size + _CACHE_LINE_BYTES, dtype=np.uint8)
+    start = -octets.ctypes.data % _CACHE_LINE_BYTES
+    return octets[start : start + size].view(dtype)
 
 
 def _add_next(
