@@ -31,6 +31,11 @@ def train(
     epsilon: float | None = typer.Option(
         None, help="Privacy of a record over the whole run; inf for none. [default: 4]", rich_help_panel=PRIVACY
     ),
+    budget_epsilon: float | None = typer.Option(
+        None,
+        help="A client's own budget over all runs, where it has no ledger yet. [default: --epsilon]",
+        rich_help_panel=PRIVACY,
+    ),
     delta: float | None = typer.Option(None, help="[default: 1e-05]", rich_help_panel=PRIVACY),
     privacy: str | None = typer.Option(
         None,
@@ -97,6 +102,12 @@ def train(
         None,
         help="masks, or ckks: encryption under a key that all clients share; one colluding client breaks the privacy "
         "of all. [default: masks]",
+        rich_help_panel=FEDERATION,
+    ),
+    ledgers: Path | None = typer.Option(
+        None,
+        help="Directory where clients' ledgers outlive the run: the next run on the same data spends from the same "
+        "budgets. [default: in the run directory]",
         rich_help_panel=FEDERATION,
     ),
     minimum_survivors: int | None = typer.Option(
@@ -166,6 +177,7 @@ def train(
             "privacy": {
                 "mode": privacy,
                 "epsilon": epsilon,
+                "budget_epsilon": budget_epsilon,
                 "delta": delta,
                 "corrupt_fraction": corrupt_fraction,
                 "clip_norm": clip_norm,
@@ -178,6 +190,7 @@ def train(
                 "cohort": cohort,
                 "dropout": dropout,
                 "minimum_survivors": minimum_survivors,
+                "ledgers": None if ledgers is None else str(ledgers),
                 "aggregator": aggregator,
             },
             "training": {"local_steps": local_steps, "server_learning_rate": server_learning_rate},

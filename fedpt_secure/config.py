@@ -131,6 +131,9 @@ class PrivacyConfig(Settings):
     record is protected, by the noise of all honest survivors together. `client`: so is a whole client."""
     epsilon: Annotated[float, Field(gt=0)] = 4.0
     """The promise over the whole run, per example; `inf` trains without privacy."""
+    budget_epsilon: Annotated[float, Field(gt=0)] | None = None
+    """What a simulated client's owner allows over all runs, where it has no ledger yet; default: `epsilon`. A ledger
+    that is there keeps its own budget."""
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
     """Chance with which the promise may fail; at least `SMALLEST_DELTA`."""
     clip_norm: Positive = 0.1
@@ -156,10 +159,10 @@ class PrivacyConfig(Settings):
             )
         return self
 
-    @field_validator("epsilon")
+    @field_validator("epsilon", "budget_epsilon")
     @classmethod
-    def _not_nan(cls, value: float) -> float:
-        if math.isnan(value):
+    def _not_nan(cls, value: float | None) -> float | None:
+        if value is not None and math.isnan(value):
             raise ValueError("epsilon must be a number above 0, or inf for no privacy")
         return value
 
@@ -183,12 +186,20 @@ class FederationConfig(Settings):
     """A round with fewer survivors is aborted; default: the secret-sharing threshold, 2/3 of the cohort."""
     dropout: Fraction = 0.0
     """Chance that a client vanishes in a round, at a random phase (simulation)."""
+    ledgers: Annotated[str, Field(min_length=1)] | None = None
+    """Directory where the simulated clients' ledgers outlive the run, so that a second run on the same data spends from
+    the same budgets; default: inside the run directory. Made absolute, so that no later run misses it."""
     aggregator: Literal["masks", "ckks"] = "masks"
     """How updates are summed: under pairwise masks, or under CKKS, where one colluding client breaks the privacy of all
     (docs/ckks.md)."""
     ring_bits: Annotated[int, Field(ge=16, le=32)] = 32
     """Bits of a ring element; at most 32 in mode `local`: a client adds its noise before the encoding, and the grid of
     a 64-bit ring is finer than the noise's own, so that rounding would no longer hide the floats behind it."""
+
+    @field_validator("ledgers")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().absolute())
 
     @property
     def agreed_cohort(self) -> int:

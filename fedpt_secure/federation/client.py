@@ -104,6 +104,8 @@ class ClientWorker:
 
         Raises:
             RoundError: the server proposes another run, other constants, or a round this client's policy forbids.
+            BudgetExceeded: the client's own budget would be passed; it declines before anybody waits for it.
+            AlreadyReleased: it gave its update to an earlier attempt of this round, and must not do so again.
         """
         announcement = Announcement.from_bytes(content)
         terms, federation = self._terms, self._terms.config.federation
@@ -121,6 +123,8 @@ class ClientWorker:
             raise RoundError(f"announced adapter has {vector.size} entries, the agreed one has {small.dimension}")
         if not (np.isfinite(vector).all() and np.abs(vector).max() <= LARGEST_ADAPTER_ENTRY):
             raise RoundError(f"announced adapter holds entries that are not finite or above {LARGEST_ADAPTER_ENTRY:g}")
+        if self._ledger.pending(terms.run_id.hex(), announcement.round_index) is None:
+            self._ledger.check(terms.mechanism.cost, mode=terms.config.privacy.mode)
         with as_round_error(f"client {self.client_id}"):
             context = RoundContext(
                 run_id=announcement.run_id,
@@ -157,7 +161,7 @@ class ClientWorker:
         In mode `local` a round that was interrupted after the release sends the same update again, under fresh masks.
 
         Raises:
-            BudgetExceeded: the client's own budget would be passed; it declines.
+            BudgetExceeded: other work has spent the client's budget since it joined the round; it declines.
             AlreadyReleased: it gave its update to an earlier attempt of this round, and must not do so again.
         """
         announcement = self._announced
@@ -212,7 +216,6 @@ class ClientWorker:
         before = self._ledger.pending(run_id, round_index)
         if before is not None:
             return before
-        self._ledger.check(mechanism.cost, mode=mode)
         small.load_adapter_vector(announcement.adapter_vector())
         noise = self._randomness.noise(round_index)
         released = mechanism.release(small, self._examples, clip_norm=announcement.clip_norm, noise=noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ class Transcript:
         bytes_up, bytes_down: by client, summed over the round's phases.
         seconds: by phase, all clients one after the other; `mask` holds their training.
         dropped: client -> the phase it did not answer, and why.
+        declined: client -> one word of reason, of those dropped clients that gave one: `budget` (its owner's budget
+            would be passed), `unit` (its owner's budget is for the whole client).
         rejected: messages the server refused.
         aborted: why the round ended without a sum; empty where it completed.
     """
@@ -34,6 +37,7 @@ class Transcript:
     bytes_down: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    declined: dict[str, str] = field(default_factory=dict)
     rejected: list[str] = field(default_factory=list)
     survivors: tuple[str, ...] = ()
     aborted: str = ""
@@ -74,6 +78,9 @@ def run_round(
     except RoundError as error:
         aggregate = None
         transcript.aborted = error.message
+        if transcript.declined:
+            reasons = ", ".join(f"{count} for {code}" for code, count in Counter(transcript.declined.values()).items())
+            transcript.aborted += f"; of {len(workers)} clients {len(transcript.declined)} declined: {reasons}"
     finally:
         for worker in workers.values():
             worker.discard()
@@ -131,8 +138,13 @@ class _Carrier:
                 continue
             try:
                 response = answer(self.workers[client], message)
-            except (RoundError, BudgetExceeded, AlreadyReleased) as error:
-                # A client that declines is silent to the others; its reason stays in the transcript.
+            except BudgetExceeded as error:
+                # What it has spent tells of other runs and servers: one word leaves the client, the numbers do not.
+                self.transcript.declined[client] = error.decline_code
+                self.transcript.dropped[client] = f"{name}: declined ({error.decline_code})"
+                continue
+            except (RoundError, AlreadyReleased) as error:
+                # Silent to the others; its reason stays in the transcript.
                 self.transcript.dropped[client] = f"{name}: {error.message}"
                 continue
             self._count(self.transcript.bytes_up, client, response)

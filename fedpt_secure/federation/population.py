@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from fedpt_secure.config import RunConfig
 from fedpt_secure.crypto import SYSTEM_RANDOM, Identity, InsecureDeterministicBytes, RandomBytes, Roster
@@ -13,6 +12,7 @@ from fedpt_secure.data import FederatedText
 from fedpt_secure.data.simulation import simulation_key
 from fedpt_secure.errors import PrivacyError
 from fedpt_secure.federation.client import ClientRandomness, ClientTerms, ClientWorker
+from fedpt_secure.federation.ledgers import ledger_directories
 from fedpt_secure.federation.mechanisms import RoundMechanism
 from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.privacy import (
@@ -100,14 +100,18 @@ def build_population(
         new: the run has no checkpoint yet, so ledgers may be begun; later a missing one is an error.
 
     Raises:
-        LedgerError: a client's ledger is missing or damaged.
+        LedgerError: a client's ledger is missing or damaged, or lies among ledgers of other records.
     """
     terms = ClientTerms(run_id, config, config_digest(config), mechanism)
     identities = {client: Identity.generate() for client in scheduled}
-    budget = Budget(config.privacy.epsilon, config.privacy.delta, UNITS[config.privacy.mode])
+    privacy = config.privacy
+    # Only where there is no ledger yet: one that is there has its owner's budget.
+    first_budget = Budget(privacy.budget_epsilon or privacy.epsilon, privacy.delta, UNITS[privacy.mode])
+    places = ledger_directories(config, text, directory, new=new)
 
-    def ledger(directory: Path) -> Ledger:
-        return Ledger.create(directory, budget=budget) if new else Ledger(directory)
+    def ledger(client_id: str) -> Ledger:
+        place = places[client_id]
+        return Ledger.create(place, budget=first_budget) if new else Ledger(place)
 
     roster = Roster({client_id: identity.verify_key_bytes for client_id, identity in identities.items()})
     workers = {
@@ -117,10 +121,10 @@ def build_population(
             terms=terms,
             identity=identities[client.client_id],
             roster=roster,
-            ledger=ledger(directory.client_directory(index)),
+            ledger=ledger(client.client_id),
             randomness=client_randomness(config, client.client_id),
         )
-        for index, client in enumerate(text.clients)
+        for client in text.clients
         if client.client_id in identities
     }
     return Population(workers, roster, terms)

@@ -139,9 +139,13 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
 
     transcripts = directory.read_log("transcript")
     if all(line["aborted"] for line in transcripts):
+        declined = set().union(*(line.get("declined", ()) for line in transcripts))
         raise RoundError(
             f"all {len(transcripts)} rounds were aborted; the last because: {transcripts[-1]['aborted']}",
-            hint="fewer dropouts, larger cohorts, or a smaller --minimum-survivors",
+            hint=f"{len(declined)} clients are over their own budgets, which `fedpt-secure ledger show` prints: a "
+            "smaller --epsilon, fewer rounds or other clients; only a ledger's owner raises its budget"
+            if declined
+            else "fewer dropouts, larger cohorts, or a smaller --minimum-survivors",
         )
     statement = _statement(config, population, transcripts)
     files.write_json(directory.path / "privacy.json", privacy_document(statement, aggregation))

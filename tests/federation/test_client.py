@@ -217,7 +217,9 @@ def test_a_client_over_its_budget_declines_before_training(federation, small, tm
     aggregate, transcript = run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
     assert aggregate is None
     assert len(transcript.dropped) == 5
-    assert all("its budget is 4" in reason for reason in transcript.dropped.values())
+    assert set(transcript.dropped.values()) == {"advertise: declined (budget)"}
+    assert transcript.declined == dict.fromkeys(IDS, "budget")
+    assert transcript.aborted.endswith("; of 5 clients 5 declined: 5 for budget")
 
 
 def test_a_simulated_disk_failure_stops_the_run_instead_of_looking_like_a_dropout(federation, small, tmp_path):
