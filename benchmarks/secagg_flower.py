@@ -14,6 +14,7 @@ with an insecure one.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -47,8 +48,9 @@ class FlowerComparison:
         n: clients; everybody is everybody's neighbour.
         elements: of the vector.
         dropouts: clients lost after they shared their keys.
-        threads: that ours uses for masks.
-        client_ratio: all masks of one client: key agreement with every neighbour, generation, addition.
+        threads: that ours may use for masks.
+        client_ratio: all masks of one client: key agreement with every neighbour, generation, addition; ours on one thread
+            or on all, whichever is faster.
         client_ratio_one_thread: the same with ours on one thread.
         client_step_ratio: one client's whole step: shares opened, rounding, masks, the message; ours also hashes and
             signs.
@@ -121,15 +123,15 @@ class FlowerCohort:
             advance()
         for node in self.nodes:
             # Flower's client opens its neighbours' shares when it masks: so that all have them, all mask something.
-            self.mask(node, np.zeros(1, dtype=np.float32))
+            self.masking(node, np.zeros(1, dtype=np.float32))()
 
-    def mask(self, node: int, values: np.ndarray) -> list[np.ndarray]:
-        """Flower's masking step of one client; what it sends, as arrays."""
+    def masking(self, node: int, values: np.ndarray) -> Callable[[], list[bytes]]:
+        """Flower's masking step of one client, ready to run: it gives the arrays that the client sends, serialised."""
         inbox = self._inboxes[node]
         configs = {"ctxts": list(inbox.values()), "srcs": list(inbox)}
         parameters = _module("common").ndarrays_to_parameters([values])
-        sent = self._mod._collect_masked_vectors(self._states[node], configs, _WEIGHT, parameters)
-        return [_module("common").bytes_to_ndarray(part) for part in sent["masked_params"]]
+        step = self._mod._collect_masked_vectors
+        return lambda: step(self._states[node], configs, _WEIGHT, parameters)["masked_params"]
 
     def add_masks(self, node: int, parameters: list[np.ndarray]) -> list[np.ndarray]:
         """The masks of one client, by the calls of `_collect_masked_vectors`, in its order, and nothing else of it."""
@@ -145,8 +147,11 @@ class FlowerCohort:
             masked = combine(masked, mask)
         return mod.parameters_mod(masked, _MODULUS)
 
-    def unmasking(self, total: list[np.ndarray], dropouts: frozenset[int]) -> Callable[[], np.ndarray]:
-        """Flower's last step of the server, ready to run once, on a sum of masked vectors: it gives their mean."""
+    def unmasking(self, total: list[np.ndarray], dropouts: frozenset[int]) -> Callable[[], Any]:
+        """Flower's last step of the server, ready to run once, on a sum of masked vectors.
+
+        It gives the mean of the vectors, serialised.
+        """
         survivors = [node for node in self.nodes if node not in dropouts]
         replies = []
         for node in self.nodes:
@@ -179,10 +184,10 @@ class FlowerCohort:
         identity = _module("supercore.task_identity").TaskIdentity
         identity.task_id = identity.run_id = identity.node_id = 0
 
-        def run() -> np.ndarray:
+        def run() -> Any:
             if not workflow.unmask_stage(grid, context, state):
                 raise WrongSum("Flower gave up the round")
-            return _module("common").parameters_to_ndarrays(result.parameters)[0]
+            return result.parameters
 
         return run
 
@@ -202,11 +207,10 @@ def check_flower(n: int = 5) -> None:
     vectors = {node: np.linspace(-node, node, 50, dtype=np.float32) / n for node in cohort.nodes}
     lost = frozenset({2})
     survivors = [node for node in cohort.nodes if node not in lost]
-    arithmetic = _module("common.secure_aggregation.ndarrays_arithmetic")
-    total = cohort.mask(survivors[0], vectors[survivors[0]])
-    for node in survivors[1:]:
-        total = arithmetic.parameters_addition(total, cohort.mask(node, vectors[node]))
-    mean = cohort.unmasking(arithmetic.parameters_mod(total, _MODULUS), lost)()
+    common, arithmetic = _module("common"), _module("common.secure_aggregation.ndarrays_arithmetic")
+    sent = [[common.bytes_to_ndarray(part) for part in cohort.masking(node, vectors[node])()] for node in survivors]
+    total = arithmetic.parameters_mod(functools.reduce(arithmetic.parameters_addition, sent), _MODULUS)
+    mean = common.parameters_to_ndarrays(cohort.unmasking(total, lost)())[0]
     expected = np.mean([vectors[node] for node in survivors], axis=0)
     if np.abs(mean - expected).max() > 3 * _CLIP / _LEVELS * n:
         raise WrongSum("Flower's functions, as called here, do not give the mean of the survivors' vectors")
@@ -244,7 +248,7 @@ def compare_with_flower(
         step = min(step, spent)
         # A client of ours masks once in its life: each round of the timing is another client's turn.
         if turn < rounds:
-            flower_step = min(flower_step, timed(flower.mask, flower.nodes[turn], values)[0])
+            flower_step = min(flower_step, timed(flower.masking(flower.nodes[turn], values))[0])
         expected += vector
         tell("receive_masked", name, message)
         advance()
@@ -262,29 +266,30 @@ def compare_with_flower(
     )
     advance()
 
-    def unmask(server: SecAggServer) -> None:
-        total = server.aggregate()
-        cohort.encoding.decode_sum(total, survivors=len(cohort.survivors))
+    def unmask(server: SecAggServer) -> float:
+        spent, total = timed(server.aggregate)
+        decoding = timed(lambda: cohort.encoding.decode_sum(total, survivors=len(cohort.survivors)))[0]
         check_sum(total, expected, f"unmasking beside Flower, {len(cohort.ids)} clients, {elements} elements")
+        return spent + decoding
 
     # Which bits are in Flower's sum makes no difference to the time: zeros stand for it, beside its factor.
     lost = frozenset(flower.nodes[cohort.ids.index(name)] for name in cohort.dropouts)
     unmask_flower = flower.unmasking(levels, lost)
-    before = timed(unmask, servers[0])[0]
+    before = unmask(servers[0])
     advance()
     flower_server = timed(unmask_flower)[0]
-    server = min(before, timed(unmask, servers[1])[0])
+    server = min(before, unmask(servers[1]))
     advance()
     return FlowerComparison(
         n=len(cohort.ids),
         elements=elements,
         dropouts=len(cohort.dropouts),
         threads=threads,
-        client_ratio=flower_masks / many,
+        client_ratio=flower_masks / min(many, one),
         client_ratio_one_thread=flower_masks / one,
         client_step_ratio=flower_step / step,
         server_ratio=flower_server / server,
-        client_seconds=many,
+        client_seconds=min(many, one),
         flower_client_seconds=flower_masks,
         server_seconds=server,
         flower_server_seconds=flower_server,

@@ -45,7 +45,7 @@ def rows(results: Results) -> list[Row]:
         what = f"n = {flower['n']}, {_count(flower['elements'])} elements"
         table += [
             (
-                f"client's masks, {what}, {_threads(flower['threads'])}",
+                f"client's masks, {what}, up to {_threads(flower['threads'])}",
                 _seconds(flower["client_seconds"]),
                 f"Flower {_seconds(flower['flower_client_seconds'])}",
                 f"{flower['client_ratio']:.0f}x (one thread {flower['client_ratio_one_thread']:.0f}x, "
@@ -131,6 +131,7 @@ def plot(results: Results, directory: Path) -> list[Path]:
     for size, cost, height in zip(sizes, costs, masking, strict=True):
         axes.annotate(f"k = {cost['degree']}", (size, height), textcoords="offset points", xytext=(4, -12), fontsize=8)
     axes.set_xscale("log", base=2)
+    axes.margins(x=0.12)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("clients n (logarithmic)")
     axes.set_ylabel("one client's time, ms")
