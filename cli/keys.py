@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,10 +48,8 @@ def new(
     with _reported():
         from fedpt_secure.crypto import create_identity
 
-        passphrase = None
-        if not no_passphrase:
-            passphrase = typer.prompt("Passphrase", hide_input=True, confirmation_prompt=True, err=True)
-        made = create_identity(client_id, out, passphrase=passphrase)
+        ask = None if no_passphrase else partial(_ask_passphrase, confirm=True)
+        made = create_identity(client_id, out, ask_passphrase=ask)
     result = {
         "id": made.public.client_id,
         "verify_key": made.public.verify_key.hex(),
@@ -154,7 +153,12 @@ def _named(path: Path, load: Callable[[Path], _Loaded]) -> _Loaded:
 def _load_own(path: Path) -> OwnIdentity:
     from fedpt_secure.crypto import load_identity
 
-    return load_identity(path, ask_passphrase=lambda: typer.prompt("Passphrase", hide_input=True, err=True))
+    return load_identity(path, ask_passphrase=_ask_passphrase)
+
+
+def _ask_passphrase(*, confirm: bool = False) -> str:
+    answer: str = typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True)
+    return answer
 
 
 def _names(clients: Iterable[str]) -> str:

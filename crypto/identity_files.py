@@ -179,7 +179,11 @@ class NewIdentity:
 
 
 def create_identity(
-    client_id: str, directory: Path, *, passphrase: str | None, random_bytes: RandomBytes = SYSTEM_RANDOM
+    client_id: str,
+    directory: Path,
+    *,
+    ask_passphrase: Callable[[], str] | None,
+    random_bytes: RandomBytes = SYSTEM_RANDOM,
 ) -> NewIdentity:
     """Make an identity and write `NAME.secret.json` and `NAME.public.json`, where NAME is the id made safe for a file.
 
@@ -187,19 +191,23 @@ def create_identity(
     power cut; nothing is replaced. A directory that is not there is made for its owner only; another keeps its mode.
 
     Args:
-        passphrase: seals the secret key, or None (`StoredIdentity.make`).
+        ask_passphrase: called once, when nothing else stands in the way, for what seals the secret key; None leaves it
+            bare (`StoredIdentity.make`).
 
     Raises:
         ParameterError: the id or the passphrase is not acceptable; nothing was written.
         FileExistsError: one of the files exists; nothing was written.
         OSError: a file cannot be written.
     """
-    stored = StoredIdentity.make(client_id, passphrase=passphrase, random_bytes=random_bytes)
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_client_id(client_id)
     name = re.sub(r"^\.|[^A-Za-z0-9._-]", "_", client_id)[:64]
     secret_path, public_path = directory / f"{name}.secret.json", directory / f"{name}.public.json"
-    if public_path.exists():
-        raise FileExistsError(errno.EEXIST, "the file exists and is never replaced", str(public_path))
+    for path in (secret_path, public_path):
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "the file exists and is never replaced", str(path))
+    passphrase = None if ask_passphrase is None else ask_passphrase()
+    stored = StoredIdentity.make(client_id, passphrase=passphrase, random_bytes=random_bytes)
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_new(secret_path, stored.to_json(), mode=0o600)
     try:
         write_new(public_path, stored.public.to_json(), mode=0o644)

@@ -30,12 +30,32 @@ WORDS = "correct horse battery"
 SEED = InsecureDeterministicBytes(b"seed")(32)
 
 
+KEY = "76baf5ac8d802154f2a3118c34c2f701227922611ed415dc51865892ba295d8e"
+PINNED = {
+    "public": {"format": "fedpt-secure public identity v1", "id": "clinic-a", "verify_key": KEY},
+    "bare": {"format": "fedpt-secure secret identity v1", "id": "clinic-a", "verify_key": KEY, "seed": SEED.hex()},
+    "sealed": {
+        "format": "fedpt-secure sealed identity v1",
+        "id": "clinic-a",
+        "verify_key": KEY,
+        "salt": "7fe5ff245f3786842ae1c326002d0574",
+        "sealed_seed": "4cf88430689fef3cc20a805b7ffa8a40ff3ba0f39492081edb9eca82dd9f069d"
+        "692b932ade19815e3a2e7fecdb0283d1",
+    },
+}
+"""Files that version 0.1 wrote. A version that reads them no longer has to say so by another format."""
+
+
+def pinned(kind):
+    return json.dumps(PINNED[kind], indent=2).encode() + b"\n"
+
+
 def never():
     raise AssertionError("nobody should be asked")
 
 
 def new(directory, client_id="clinic-a", **changes):
-    return create_identity(client_id, directory, **{"passphrase": None} | changes)
+    return create_identity(client_id, directory, **{"ask_passphrase": None} | changes)
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +140,14 @@ def test_an_id_never_leads_out_of_the_directory(tmp_path, client_id, name):
     assert load_identity(made.secret_path, ask_passphrase=never).client_id == client_id
 
 
+def test_nobody_is_asked_for_a_passphrase_in_vain(tmp_path):
+    new(tmp_path)
+    with pytest.raises(FileExistsError):
+        new(tmp_path, ask_passphrase=never)
+    with pytest.raises(ParameterError):
+        new(tmp_path, "a\n", ask_passphrase=never)
+
+
 @pytest.mark.parametrize("client_id", ["", "a\n", "x" * 129, "\ud800"])
 def test_an_id_that_no_roster_takes_makes_no_file(tmp_path, client_id):
     with pytest.raises(ParameterError):
@@ -141,9 +169,21 @@ def test_one_passphrase_however_its_accents_are_composed():
     assert passphrases.open_with_passphrase(box, decomposed, salt=salt, data=b"") == b"secret"
 
 
+def test_files_of_version_1_are_still_read_and_written():
+    bare = StoredIdentity.make("clinic-a", passphrase=None, random_bytes=InsecureDeterministicBytes(b"seed"))
+    assert bare.to_json() == pinned("bare")
+    assert bare.public.to_json() == pinned("public")
+    own = StoredIdentity.from_json(pinned("bare")).open(never)
+    assert own.identity.verify_key_bytes.hex() == KEY
+    assert roster_of([PublicIdentity.from_json(pinned("public"))]).digest.hex() == (
+        "9d1ef4bfbbd6004ebddff228e7fa867e0d3818161a7b15ee7f63e44ad3a6a709"
+    )
+
+
 def test_the_key_is_argon2id_of_the_stated_cost(sealed):
-    """Opened by hand, with OpenSSL's Argon2id in the place of libsodium's."""
-    content = json.loads(sealed.to_json())
+    """Opened by hand, with OpenSSL's Argon2id in the place of libsodium's; and the committed file still opens."""
+    assert sealed.to_json() == pinned("sealed")
+    content = PINNED["sealed"]
     derived = Argon2id(
         salt=bytes.fromhex(content["salt"]), length=32, iterations=3, lanes=1, memory_cost=256 << 10
     ).derive(WORDS.encode())
