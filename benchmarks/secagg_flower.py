@@ -49,8 +49,8 @@ class FlowerComparison:
         elements: of the vector.
         dropouts: clients lost after they shared their keys.
         threads: that ours may use for masks.
-        client_ratio: all masks of one client: key agreement with every neighbour, generation, addition; ours on one thread
-            or on all, whichever is faster.
+        client_ratio: all masks of one client: key agreement with every neighbour, generation, addition; ours on one
+            thread or on all, whichever is faster.
         client_ratio_one_thread: the same with ours on one thread.
         client_step_ratio: one client's whole step: shares opened, rounding, masks, the message; ours also hashes and
             signs.
