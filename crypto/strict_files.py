@@ -124,15 +124,24 @@ def write_new(path: Path, content: bytes, *, mode: int) -> None:
             os.fsync(handle)
         # A link, unlike a rename, fails where a file stands already.
         os.link(partial, path)
+        try:
+            _sync(path.parent)
+        except BaseException:
+            path.unlink()
+            raise
     except FileExistsError as error:
         raise FileExistsError(error.errno, "the file exists and is never replaced", str(path)) from None
     finally:
         Path(partial).unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+
+
+def _sync(directory: Path) -> None:
+    """Flush a directory's entries, so that a new name survives a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 class _AnyFile(msgspec.Struct, frozen=True):

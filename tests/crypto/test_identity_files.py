@@ -113,8 +113,8 @@ def test_nothing_is_replaced_and_nothing_is_left_behind(tmp_path):
 
 
 def test_a_full_disk_leaves_neither_file(tmp_path, monkeypatch):
-    """The disk fills up as the secret file, then as the public one, is flushed."""
-    for successes in (0, 2):
+    """The disk fails as one of the two files, or the name of one, is flushed."""
+    for successes in range(4):
         left = iter([None] * successes)
 
         def full(_descriptor, left=left):
