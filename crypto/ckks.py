@@ -1,7 +1,7 @@
 """CKKS sums by TenSEAL: a key, ciphertexts of real vectors, their addition, and a decryption that may be published.
 
 This is the one module that imports TenSEAL, and it does so only when it is used. Encryption is symmetric, since
-everybody who encrypts holds the key: its errors are a hundred times smaller than under a public key. Bytes from
+everybody who encrypts holds the key: its errors are some 70 times smaller than under a public key. Bytes from
 outside go through `_load` only, after their sender's signature and their size have been checked by the caller.
 """
 
