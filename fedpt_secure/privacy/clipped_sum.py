@@ -105,8 +105,9 @@ class _GridSum:
 
     def __init__(self, dimension: int, clip_norm: float) -> None:
         self._clip_norm = clip_norm
-        self._step = 2.0 ** (math.frexp(clip_norm)[1] - _GRID_BITS) if math.isfinite(clip_norm) else None
-        self._total = torch.zeros(dimension, dtype=torch.float64)
+        self._on_grid = math.isfinite(clip_norm)
+        self._step = 2.0 ** (math.frexp(clip_norm)[1] - _GRID_BITS) if self._on_grid else 1.0
+        self._steps = torch.zeros(dimension, dtype=torch.float64)
 
     def scales(self, norms: torch.Tensor) -> torch.Tensor:
         """Factor for each vector of these norms: at most 1, and 0 where the norm is not finite."""
@@ -119,18 +120,16 @@ class _GridSum:
         for vector, scale in zip(vectors, self.scales(norms).tolist(), strict=True):
             if scale == 0:  # a product of 0 and inf would be NaN
                 continue
-            clipped = vector.double().mul_(scale)
-            if self._step is not None:
-                clipped.div_(self._step).trunc_().mul_(self._step)
-            self._total += clipped
+            steps = vector.double().mul_(scale / self._step)
+            self._steps += steps.trunc_() if self._on_grid else steps
         return np.asarray(norms.numpy())
 
     def add_floats(self, vector: torch.Tensor) -> None:
         """Add `[d]` as it is."""
-        self._total += vector
+        self._steps += vector.double() / self._step
 
     def value(self) -> npt.NDArray[np.float64]:
-        return np.asarray(self._total.numpy())
+        return np.asarray((self._steps * self._step).numpy())
 
 
 def _passes(
