@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from fedpt_secure.crypto import prg
 from fedpt_secure.crypto.prg import CHUNK_BYTES, Keystream, apply_masks
 
 KEY = bytes(range(32))
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["by GCM", "by counter mode"])
+def _both_ways(request, monkeypatch):
+    """Which mode makes the stream is a matter of speed: everything here holds for both."""
+    monkeypatch.setattr(prg, "_gcm_is_faster", lambda: request.param)
 
 
 def _counter_blocks(key, count):
