@@ -1,4 +1,4 @@
-"""The discrete Gaussian is the exact one: not a rounded normal, not nearly uniform underneath, and without a second zero.
+"""The discrete Gaussian is the exact one: no rounded normal, no nearly uniform draws underneath, no second zero.
 
 Statistical tests draw from a keyed stream, so that they give the same answer every time; for a key drawn at random each
 would be a false alarm with a chance below `FALSE_ALARM`.
@@ -13,7 +13,8 @@ import pytest
 from scipy.stats import binomtest, chi2, norm
 
 from fedpt_secure.errors import PrivacyError
-from fedpt_secure.privacy import InsecureDeterministicRandom, SecureRandom, discrete_gaussian as module
+from fedpt_secure.privacy import InsecureDeterministicRandom, SecureRandom
+from fedpt_secure.privacy import discrete_gaussian as module
 from fedpt_secure.privacy.discrete_gaussian import LARGEST_SIGMA, discrete_gaussian
 
 COUNT = 200_000
@@ -152,7 +153,7 @@ def scripted(*values):
 
 @pytest.mark.parametrize("bound", [2, 3, 7, 10, 256, 1000, 3 << 20, (1 << 45) + 1, (1 << 61) + 12345])
 def test_uniform_draws_keep_equally_many_words_for_each_value(bound):
-    """The words kept are 0 up to one below a multiple of the bound; the first and last of them, and the first refused."""
+    """The words kept are those below a multiple of the bound: the first and last of them, and the first refused."""
     kept = 2**64 - 2**64 % bound
     low, high = module._uniform_below(bound, 2, scripted(0, kept - 1))
     assert (low, high) == (0, bound - 1)
@@ -258,7 +259,7 @@ def test_acceptance_without_the_square_would_be_noticed(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("sigma", [2, 50])
 def test_opendps_sampler_has_the_same_distribution(sigma):
-    """Two samples, one from OpenDP's exact sampler; homogeneity by chi-square, false alarm 1e-6 (OpenDP has no seed)."""
+    """Two samples, one from OpenDP's exact sampler, which takes no seed; homogeneity by chi-square, false alarm 1e-6."""
     dp = pytest.importorskip("opendp.prelude")
     dp.enable_features("contrib")
     space = dp.vector_domain(dp.atom_domain(T="i64")), dp.l2_distance(T="f64")
