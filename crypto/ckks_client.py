@@ -179,7 +179,7 @@ class CkksClient:
         check_values(vector, self._session.parameters)
         with self._step(ClientState.SHARED, ClientState.MASKED):
             key = self._open_inbox(inbox)
-            ciphertexts = key.encrypt(vector)
+            ciphertexts = messages.pack_ciphertexts(key.encrypt(vector))
             self._ckks_key = key
             self._ciphertexts = messages.ciphertexts_digest(ciphertexts)
             sharers = encode_set(self._sharers, self._session.context)
@@ -421,7 +421,7 @@ class CkksClient:
             raise BelowThreshold(f"{len(confirmed)} clients confirmed the survivor list; {session.quorum} are needed")
         if messages.ciphertexts_digest(message.total) != self._total:
             raise TranscriptMismatch("the encrypted sum is not the one that was signed")
-        return message.total
+        return messages.unpack_ciphertexts(message.total, session.parameters)
 
     def _checked_directory(self) -> CkksDirectory:
         if self._directory is None:

@@ -36,6 +36,7 @@ SEALED_KEY_BYTES: Final = 32 + 16
 ANSWER_BYTES: Final = 4
 """Size of one coordinate of a decryption."""
 
+_LENGTH_BYTES: Final = 4
 _OVERHEAD_BYTES: Final = 512
 
 
@@ -147,7 +148,7 @@ class EncryptedVector(msgspec.Struct, array_like=True, frozen=True, forbid_unkno
     session: bytes
     sender: int
     sharers: bytes
-    ciphertexts: list[bytes]
+    ciphertexts: bytes
     signature: bytes
 
 
@@ -174,7 +175,7 @@ class CkksConfirmations(msgspec.Struct, array_like=True, frozen=True, forbid_unk
     session: bytes
     confirmed: bytes
     signatures: bytes
-    total: list[bytes]
+    total: bytes
 
 
 class Decryption(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=42):
@@ -263,14 +264,36 @@ def decode(encoded: bytes, kind: type[_Message], session: CkksSession, *, body_b
     return message
 
 
-def ciphertexts_digest(ciphertexts: Iterable[bytes]) -> bytes:
+def pack_ciphertexts(ciphertexts: Iterable[bytes]) -> bytes:
+    """A vector's ciphertexts in a row, each after its length as four big-endian bytes."""
+    return b"".join(len(part).to_bytes(_LENGTH_BYTES, "big") + part for part in ciphertexts)
+
+
+def unpack_ciphertexts(packed: bytes, parameters: CkksParameters) -> list[bytes]:
+    """The ciphertexts that `pack_ciphertexts` put in a row.
+
+    Raises:
+        MalformedMessage: they are more or fewer than those of one vector.
+    """
+    parts, end = [], 0
+    for _ in range(parameters.ciphertexts):
+        start = end + _LENGTH_BYTES
+        end = start + int.from_bytes(packed[end:start], "big")
+        parts.append(packed[start:end])
+    # What is cut short leaves the end beyond the bytes that there are.
+    if end != len(packed):
+        raise MalformedMessage(f"these are not the {parameters.ciphertexts} ciphertexts of a vector")
+    return parts
+
+
+def ciphertexts_digest(packed: bytes) -> bytes:
     """What stands for a vector's ciphertexts, or for a sum's."""
-    return digest(CkksLabel.CIPHERTEXTS, ciphertexts)
+    return digest(CkksLabel.CIPHERTEXTS, (packed,))
 
 
 def largest_vector_bytes(parameters: CkksParameters) -> int:
-    """No list of one vector's ciphertexts takes more on the wire."""
-    return parameters.ciphertexts * (parameters.largest_ciphertext_bytes + 5)
+    """One vector's ciphertexts, packed, take no more."""
+    return parameters.ciphertexts * (parameters.largest_ciphertext_bytes + _LENGTH_BYTES)
 
 
 def answer_to_bytes(answer: np.ndarray[tuple[int], np.dtype[np.int32]]) -> bytes:

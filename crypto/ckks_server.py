@@ -90,7 +90,7 @@ class CkksServer:
         self._total: EncryptedSum | None = EncryptedSum(parameters)
         self._digests: dict[int, bytes] = {}
         self._survivors: tuple[int, ...] = ()
-        self._published: list[bytes] = []
+        self._published = b""
         self._statement = b""
         self._confirmations: dict[int, bytes] = {}
         self._answers: dict[int, bytes] = {}
@@ -224,7 +224,7 @@ class CkksServer:
         if vector.sharers != encode_set(self._sharers, self._context):
             raise TranscriptMismatch(f"client {client_id!r} was told of other sharers than the server routed to")
         try:
-            total.add(vector.ciphertexts)
+            total.add(messages.unpack_ciphertexts(vector.ciphertexts, self._session.parameters))
         except MalformedMessage:
             raise
         except BaseException:
@@ -243,7 +243,7 @@ class CkksServer:
         self._checked_directory(ServerState.MASKING)
         self._require_enough(self._digests, "sent encrypted vectors")
         self._survivors = tuple(sorted(self._digests))
-        self._published = self._running_total().to_bytes()
+        self._published = messages.pack_ciphertexts(self._running_total().to_bytes())
         self._total = None
         digests = b"".join(self._digests[survivor] for survivor in self._survivors)
         total = messages.ciphertexts_digest(self._published)
@@ -289,7 +289,7 @@ class CkksServer:
         self._require_number(self._confirmations, self._session.quorum, "confirmed the survivor list")
         confirmed = sorted(self._confirmations)
         self._state = ServerState.UNMASKING
-        published, self._published = self._published, []
+        published, self._published = self._published, b""
         return messages.encode(
             messages.CkksConfirmations(
                 session=self._session.digest,
@@ -414,7 +414,7 @@ class CkksServer:
         """Leave the protocol: the sum and the sealed keys are gone."""
         self._state = ServerState.ABORTED
         self._total = self._deal = None
-        self._published = []
+        self._published = b""
         self._sealed.clear()
 
     def _names(self, indices: tuple[int, ...]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -24,6 +25,7 @@ from fedpt_secure.crypto import (
     DuplicateMessage,
     EncodingError,
     KeyRejected,
+    MalformedMessage,
     MemoryRoundRegister,
     MessageError,
     OwnKeysMissing,
@@ -41,6 +43,7 @@ from fedpt_secure.crypto import (
 from fedpt_secure.crypto import ckks_messages as messages
 from fedpt_secure.crypto.ckks import CkksKey
 from fedpt_secure.crypto.ckks_keys import GroupKey
+from fedpt_secure.crypto.labels import CkksLabel
 from fedpt_secure.crypto.messages import encode_set
 
 pytest.importorskip("tenseal")
@@ -292,7 +295,7 @@ def test_one_colluding_client_reads_everybodys_vector(fresh):
     fresh.until("confirm")
     spy, victim = fresh.context.cohort[0], fresh.context.cohort[3]
     vector = msgspec.msgpack.decode(fresh.sent["mask"][victim], type=messages.EncryptedVector)
-    stolen = fresh.clients[spy]._ckks_key.decrypt(vector.ciphertexts)
+    stolen = fresh.clients[spy]._ckks_key.decrypt(messages.unpack_ciphertexts(vector.ciphertexts, fresh.parameters))
     assert np.abs(stolen - fresh.vectors[victim]).max() < 1e-9
 
 
@@ -302,7 +305,7 @@ def test_a_malicious_server_can_have_one_clients_vector_decrypted(fresh):
     victim = fresh.context.cohort[3]
     vector = msgspec.msgpack.decode(fresh.sent["mask"][victim], type=messages.EncryptedVector)
     fresh.server._total._total.clear()
-    fresh.server._total.add(vector.ciphertexts)
+    fresh.server._total.add(messages.unpack_ciphertexts(vector.ciphertexts, fresh.parameters))
     fresh.close("mask")
     fresh.phase("confirm").phase("unmask")
     assert np.abs(fresh.server.aggregate() - fresh.vectors[victim]).max() <= fresh.parameters.error_bound
@@ -314,7 +317,7 @@ def test_but_it_cannot_have_two_sums_decrypted_in_one_round(fresh):
     victim = fresh.context.cohort[3]
     vector = msgspec.msgpack.decode(fresh.sent["mask"][victim], type=messages.EncryptedVector)
     for name in fresh.context.cohort:
-        swapped = changed(fresh.published["unmask"][name], messages.CkksConfirmations, total=list(vector.ciphertexts))
+        swapped = changed(fresh.published["unmask"][name], messages.CkksConfirmations, total=vector.ciphertexts)
         with pytest.raises(TranscriptMismatch, match="not the one that was signed"):
             fresh.clients[name].unmask(swapped)
 
@@ -556,6 +559,14 @@ def test_a_vector_encrypted_for_another_circle_is_refused(cohort):
         round_.hand_in("mask", name, message)
 
 
+def test_the_documented_labels_are_those_in_the_code():
+    """Every row, in order: a second implementation is written from the page."""
+    page = Path(__file__).parents[2] / "docs" / "ckks.md"
+    rows = [line.split("`") for line in page.read_text().splitlines() if line.count("`fedpt-ckks/1 ") == 1]
+    assert [(row[1], row[3]) for row in rows] == [(label.name, label.value) for label in CkksLabel]
+    assert len({label.value for label in CkksLabel}) == len(CkksLabel)
+
+
 def test_every_round_has_a_key_of_its_own(cohort):
     keys = set()
     for attempt in range(2):
@@ -624,6 +635,18 @@ def test_a_sum_beyond_what_honest_clients_reach_is_not_published(cohort):
     assert cheat.state is ClientState.CONFIRMED
     with pytest.raises(EncodingError, match="beyond 5"):
         round_.answer("unmask", cohort.ids[0], round_.published["unmask"][cohort.ids[0]])
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), count=st.integers(1, 4))
+def test_packed_ciphertexts_come_apart_in_one_way_only(data, count):
+    parameters = CkksParameters.fitted(cohort=5, bound=1.0, length=2048 * count)
+    parts = data.draw(st.lists(st.binary(max_size=6), min_size=count, max_size=count))
+    packed = messages.pack_ciphertexts(parts)
+    assert messages.unpack_ciphertexts(packed, parameters) == parts
+    for wrong in (packed[:-1], packed + b"\0", messages.pack_ciphertexts(parts[1:]), packed + packed):
+        with pytest.raises(MalformedMessage):
+            messages.unpack_ciphertexts(wrong, parameters)
 
 
 def test_what_does_not_belong_together_is_refused_at_the_start(cohort):
