@@ -217,6 +217,7 @@ class SecAggClient:
             MessageError: the list is not acceptable.
             SurvivorsRejected: it lacks this client, or names one that shared no keys.
             BelowThreshold: it is too short.
+            RoundReplayed: in the k-regular graph, the register says that another attempt of the round was confirmed.
         """
         with self._step(ClientState.MASKED, ClientState.CONFIRMED):
             directory = self._checked_directory()
@@ -230,6 +231,10 @@ class SecAggClient:
             if not set(survivors) <= set(self._sharers):
                 raise SurvivorsRejected("the survivor list names a client that shared no keys")
             self._require_enough(survivors, directory, "survive")
+            if self._register is not None and self._context.degree is not None:
+                # Share holders differ from attempt to attempt: clients that release in one attempt each could open two.
+                # Signatures cannot reach a quorum in both.
+                self._register.release(self._context)
             self._survivors = survivors
             return messages.encode(
                 messages.Confirmation(
@@ -249,7 +254,7 @@ class SecAggClient:
             MessageError: the confirmations are not acceptable.
             TranscriptMismatch: a confirmation does not sign the list, keys and sharers that this client was shown.
             BelowThreshold: too few clients confirmed.
-            RoundReplayed: the register says that another attempt of the round was opened.
+            RoundReplayed: in the complete graph, the register says that another attempt of the round was opened.
         """
         with self._step(ClientState.CONFIRMED, ClientState.FINISHED):
             directory = self._checked_directory()
@@ -267,7 +272,7 @@ class SecAggClient:
                 survivors=messages.encode_set(self._survivors, self._context),
                 shares=bytes(shares),
             )
-            if self._register is not None:
+            if self._register is not None and self._context.degree is None:
                 self._register.release(self._context)
             self._erase_held_shares()
             return messages.encode(

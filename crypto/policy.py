@@ -118,7 +118,11 @@ class RoundRegister(Protocol):
         """
 
     def release(self, context: RoundContext) -> None:
-        """Record, before they leave, that the client releases shares that open this session's sum.
+        """Record, before it does, that the client helps to open this session's sum, and no other attempt's.
+
+        In the complete graph that is when it releases shares: a majority of the same holders is needed for every
+        attempt. In the k-regular one it is when it signs the survivor list: holders are others in every attempt, but no
+        two lists can have a quorum if everybody signs one. An attempt that fails after that cannot be repeated there.
 
         Raises:
             RoundReplayed: it already did so in another attempt of the round.

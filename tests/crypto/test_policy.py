@@ -185,6 +185,36 @@ def test_a_round_is_opened_in_one_attempt_only(make_cohort):
         begin(attempt=2)
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_in_a_sparse_graph_a_round_is_confirmed_in_one_attempt_only(make_cohort, sparse):
+    """Its holders differ from attempt to attempt, so that two could be opened by clients that each release once.
+
+    In the complete graph they cannot, and an attempt that fails after the confirmations may be repeated.
+    """
+    cohort = make_cohort(8)
+    graph = {"degree": 4, "threshold": 4, "minimum_survivors": 7} if sparse else {}
+    registers = {name: MemoryRoundRegister() for name in cohort.ids}
+    attempts = []
+    for attempt in range(2):
+        context = cohort.context(attempt=attempt, **graph)
+        a_round = cohort.round(context)
+        a_round.clients = {
+            name: cohort.client(name, context, register=register) for name, register in registers.items()
+        }
+        attempts.append(a_round.advertise().share().mask())
+    first, second = attempts
+    first.confirm()
+    if not sparse:
+        second.confirm().unmask()
+        return
+    for name in cohort.ids:
+        with pytest.raises(RoundReplayed):
+            second.clients[name].confirm(second.survivor_list)
+        assert second.clients[name].state is ClientState.ABORTED
+    total = first.unmask().server.aggregate()
+    assert (total == first.plain_sum(cohort.ids)).all()
+
+
 @pytest.mark.parametrize("method", ["begin", "release"])
 def test_of_threads_that_use_a_register_at_once_one_succeeds(make_cohort, method):
     """Looking and writing in one step: otherwise two sessions of one round could both be opened."""
