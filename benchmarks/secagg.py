@@ -29,7 +29,7 @@ from secagg_flower import FlowerCohort, check_flower, compare_with_flower, flowe
 from secagg_limits import MASKS, measure_limits, processor
 from secagg_protocol import Cohort, measure_protocol
 from secagg_report import Results, markdown, plot, print_table
-from secagg_timing import WrongSum
+from secagg_timing import WrongSum, count_cpu_time
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +99,13 @@ def measure(options: argparse.Namespace, console: Console) -> Results:
                 total = 5 * clients - 3 * len(Cohort(clients, 1).dropouts)
                 task = progress.add_task(f"round, n = {clients}, {size:,} elements", total=total)
                 protocol.append(
-                    measure_protocol(clients, size, options.threads, lambda task=task: progress.advance(task))
+                    measure_protocol(
+                        clients,
+                        size,
+                        options.threads,
+                        lambda task=task: progress.advance(task),
+                        cpu_time=options.cpu_time,
+                    )
                 )
     return {
         # The highest over the numbers of threads; `limits` has them all.
@@ -107,6 +113,7 @@ def measure(options: argparse.Namespace, console: Console) -> Results:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": options.threads,
+        "clock": "processor time" if options.cpu_time else "wall time",
         "python": platform.python_version(),
         "cryptography": importlib.metadata.version("cryptography"),
         "openssl": backend.openssl_version_text(),
@@ -136,7 +143,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--flower-clients", type=int, metavar="N", help="cohort beside Flower")
     parser.add_argument("--flower-elements", type=_numbers, metavar="D,D", help="vector lengths beside Flower")
     parser.add_argument("--no-flower", action="store_true", help="leave Flower out")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, one thread: for busy machines")
     options = parser.parse_args(arguments)
+    if options.cpu_time:
+        options.threads = 1
+        count_cpu_time()
     quick, full = (5, [16, 64], 16, [10**6]), (15, [16, 64, 256, 1000], 32, [10**6, 10**7])
     rounds, clients, flower_clients, flower_elements = quick if options.quick else full
     options.rounds = options.rounds or rounds

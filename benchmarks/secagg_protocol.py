@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from secagg_timing import check_sum, timed
+from secagg_timing import check_sum, count_cpu_time, timed
 
 from fedpt_secure.crypto import (
     ClientPolicy,
@@ -121,10 +121,10 @@ class Cohort:
 class RemoteServer:
     """A `SecAggServer` in a process of its own; its methods are called by name."""
 
-    def __init__(self, cohort: Cohort, workers: int) -> None:
+    def __init__(self, cohort: Cohort, workers: int, *, cpu_time: bool) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
-        arguments = (theirs, cohort.context.to_bytes(), cohort.roster.to_json(), workers)
+        arguments = (theirs, cohort.context.to_bytes(), cohort.roster.to_json(), workers, cpu_time)
         self._process = spawn.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -150,7 +150,9 @@ class RemoteServer:
         return np.frombuffer(self.call("total"), dtype=np.uint32)
 
 
-def _serve(connection: Connection, context: bytes, roster: bytes, workers: int) -> None:
+def _serve(connection: Connection, context: bytes, roster: bytes, workers: int, cpu_time: bool) -> None:
+    if cpu_time:
+        count_cpu_time()
     server = SecAggServer(context=RoundContext.from_bytes(context), roster=Roster.from_json(roster), workers=workers)
     seconds: dict[str, float] = defaultdict(float)
     total: RingVector = np.zeros(0, dtype=np.uint32)
@@ -187,7 +189,9 @@ def _resident(field_name: str, *, reset_peak: bool = False) -> int | None:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field_name))
 
 
-def measure_protocol(n: int, elements: int, workers: int, advance: Callable[[], None]) -> ProtocolCost:
+def measure_protocol(
+    n: int, elements: int, workers: int, advance: Callable[[], None], *, cpu_time: bool = False
+) -> ProtocolCost:
     """Run one round of `n` clients and check its sum. `advance` is called 5 times a client.
 
     Raises:
@@ -208,7 +212,7 @@ def measure_protocol(n: int, elements: int, workers: int, advance: Callable[[], 
         advance()
         return message
 
-    with RemoteServer(cohort, workers) as server:
+    with RemoteServer(cohort, workers, cpu_time=cpu_time) as server:
         for name in cohort.ids:
             server.call("receive_advertisement", name, step("advertise", name, clients[name].advertise))
         directory = server.call("publish_keys")

@@ -185,7 +185,10 @@ def _title(results: Results) -> str:
 
 
 def _notes(results: Results) -> Sequence[str]:
-    notes = ["Best of several runs, taken in turn in one process run; GB/s are 10^9 bytes of masks a second."]
+    notes = [
+        f"Best of several runs by {results['clock']}, taken in turn in one process run; "
+        "GB/s are 10^9 bytes of masks a second."
+    ]
     if results["vs_flower"]:
         notes.append(f"Flower is flwr {results['flower']}, its own functions. {GENERATOR_NOTE}")
     if results["protocol"]:
