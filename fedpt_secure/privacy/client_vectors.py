@@ -20,6 +20,8 @@ from fedpt_secure.privacy.noise import NoiseSource
 
 FloatArray = npt.NDArray[np.float64]
 
+_LARGEST_ENTRY = float(np.finfo(np.float32).max)
+
 
 def sampled_gradient_sum(
     small: SmallLM,
@@ -59,7 +61,8 @@ def clipped_client_update(
     zeros: nobody, the server included, may tell who contributed, or the sampling would not amplify the promise.
 
     The mean over its own records needs no public constant here: whatever training did, the update is clipped as one.
-    An update that is not finite counts as zero.
+    An update that float32 cannot hold counts as zero. A client without records contributes nothing, no indicator
+    either: it is the neighbour that a client with records is compared with.
 
     Args:
         sampling_rate: public probability with which the client contributes.
@@ -72,13 +75,14 @@ def clipped_client_update(
         for _ in range(steps):
             total = clipped_sum(small, examples, clip_norm=math.inf)
             moved -= learning_rate / max(1, len(examples)) * total.vector
+            if not np.abs(before + moved).max() <= _LARGEST_ENTRY:
+                moved = np.zeros(small.dimension)
+                break
             small.load_adapter_vector((before + moved).astype(np.float32))
     finally:
         small.load_adapter_vector(before)
-    if not np.isfinite(moved).all():
-        moved = np.zeros(small.dimension)
     norm = float(np.linalg.norm(moved))
-    contributes = noise.bernoulli(1, probability=sampling_rate)[0]
+    contributes = noise.bernoulli(1, probability=sampling_rate)[0] and len(examples) > 0
     vector = _with_indicator(moved / max(norm, clip_norm), np.array([norm]), clip_norm, quantile)
     return vector if contributes else np.zeros_like(vector)
 

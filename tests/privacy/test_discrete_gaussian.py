@@ -259,7 +259,7 @@ def test_acceptance_without_the_square_would_be_noticed(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("sigma", [2, 50])
 def test_opendps_sampler_has_the_same_distribution(sigma):
-    """Two samples, one from OpenDP's exact sampler, which takes no seed; homogeneity by chi-square, false alarm 1e-6."""
+    """Two samples, one from OpenDP's, which takes no seed; homogeneity by chi-square, false alarm 1e-6."""
     dp = pytest.importorskip("opendp.prelude")
     dp.enable_features("contrib")
     space = dp.vector_domain(dp.atom_domain(T="i64")), dp.l2_distance(T="f64")

@@ -384,8 +384,7 @@ def test_the_plan_is_the_finest_grid_that_fits(noise_multiplier, cohort, dimensi
     }
     try:
         mechanism = RingMechanism.plan(**asked)
-    except PrivacyError as error:
-        assert error.hint
+    except PrivacyError:
         return
     slots = mechanism.encoding.cohort
     assert fits(slots, **asked)
