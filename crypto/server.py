@@ -419,11 +419,10 @@ class SecAggServer:
         self._require_holders(present, directory, what)
 
     def _require_number(self, present: Collection[int], minimum: int, what: str) -> None:
-        if len(present) < minimum:
+        heard = len(present)  # before `_abort` forgets who that was
+        if heard < minimum:
             self._abort()
-            raise BelowThreshold(
-                f"{len(present)} of {len(self._context.cohort)} clients {what}; the round needs {minimum}"
-            )
+            raise BelowThreshold(f"{heard} of {len(self._context.cohort)} clients {what}; the round needs {minimum}")
 
     def _require_holders(self, present: Collection[int], directory: Directory, what: str) -> None:
         threshold = self._context.threshold

@@ -166,3 +166,41 @@ def test_shares_released_for_another_survivor_list_are_refused(make_cohort, monk
     client._survivors = (0, 1, 2)
     with pytest.raises(SignatureInvalid):
         a_round.server.receive_unmasking(name, client.unmask(a_round.confirmations))
+
+
+def test_owners_that_deal_false_shares_cannot_silence_those_they_dealt_them_to(make_cohort, monkeypatch):
+    """Client 0 deals client 1 a false share, client 3 deals client 2 one. Both are outvoted, and the sum is exact.
+
+    Were client 1 not heard any more after the first, client 3's seed could not be rebuilt: five of the six shares are
+    needed, and client 2's is false. The shares do not say who lied, so both holders are only called disputed.
+    """
+    cohort = make_cohort(6)
+    a_round = cohort.round(cohort.context(threshold=5)).advertise()
+    genuine, framed = client_module.split, {0: 1, 3: 2}
+    for position, name in enumerate(cohort.ids):
+
+        def dealing(*arguments, position=position, **settings):
+            shares = genuine(*arguments, **settings)
+            if position in framed:
+                shares[framed[position]][-1] ^= 1
+            return shares
+
+        monkeypatch.setattr(client_module, "split", dealing)
+        a_round.server.receive_shares(name, a_round.clients[name].share_keys(a_round.directory))
+    a_round.close("share")
+    total = a_round.mask().confirm().unmask().server.aggregate()
+    assert (total == a_round.plain_sum(cohort.ids)).all()
+    assert a_round.server.disputed_holders == (cohort.ids[1], cohort.ids[2])
+
+
+def test_two_false_shares_of_one_owner_end_the_round(make_cohort, monkeypatch):
+    """One is outvoted, two are not: the owner and the holders whose shares were used are named."""
+    cohort = make_cohort(6)
+    a_round = cohort.round(cohort.context(threshold=4)).advertise().share().mask().confirm()
+    for name in cohort.ids[1:3]:
+        a_round.server.receive_unmasking(name, _falsified(cohort, a_round, name, _flip(0)))
+    a_round.unmask([cohort.ids[0], *cohort.ids[3:]])
+    with pytest.raises(ReconstructionFailed) as caught:
+        a_round.server.aggregate()
+    assert caught.value.owner == cohort.ids[0]
+    assert set(caught.value.holders) == set(cohort.ids[:4])

@@ -416,3 +416,17 @@ def test_the_server_asks_for_no_shares_when_one_client_s_holders_are_silent(make
     silent = set(ring[:5])
     with pytest.raises(BelowThreshold, match="only 4 confirmed"):
         a_round.confirm(name for name in cohort.ids if name not in silent)
+
+
+@pytest.mark.parametrize("phase", ["advertise", "share", "mask"])
+def test_the_server_itself_keeps_to_the_minimum_in_every_phase(make_cohort, phase):
+    """Five of six, where six must be and the threshold is four; no client is asked."""
+    cohort = make_cohort(6)
+    a_round = cohort.round(cohort.context(threshold=4, minimum_survivors=6))
+    for done in PHASES[: PHASES.index(phase)]:
+        getattr(a_round, done)()
+    for name in cohort.ids[1:]:
+        a_round.hand_in(phase, name, a_round.answer(phase, name, a_round.server_message(phase, name)))
+    with pytest.raises(BelowThreshold, match="5 of 6 clients"):
+        a_round.close(phase)
+    assert a_round.server.state is ServerState.ABORTED
