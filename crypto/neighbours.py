@@ -7,7 +7,8 @@ directory, which every client computes for itself, so that nobody is told who it
 What the hash does and does not give. The keys of honest clients are fresh and signed, so no one can predict
 the graph. A server that controls some clients may still try many variants of *their* keys, or leave out
 clients, and keep the graph it likes best; each doubling of its tries costs one bit of the graph's failure
-probability, and parameters have to leave room for that.
+probability. `parameters.GRINDING_BITS` is the room that parameters leave for that, and that clients insist on;
+`docs/protocol.md`, "Why one sum", has the argument.
 """
 
 from __future__ import annotations
