@@ -1,5 +1,6 @@
 """Pairwise masks against CKKS: the same vectors, in time, bytes, precision and trust.
 
+    pip install -e '.[bench,ckks]'
     python benchmarks/aggregators.py                        # the table; some minutes
     python benchmarks/aggregators.py --quick                # under a minute
     python benchmarks/aggregators.py --json > results.json  # --from results.json prints and draws them again
@@ -32,6 +33,7 @@ from fedpt_secure.crypto import (
     CkksClient,
     CkksParameters,
     CkksServer,
+    CkksUnavailable,
     ClientPolicy,
     FixedPointEncoding,
     Identity,
@@ -383,6 +385,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = measure(sizes, CKKS_SETS[:2] if options.quick else CKKS_SETS, console)
         except WrongSum as error:
             console.print(f"error: {error}", markup=False)
+            return 1
+        except CkksUnavailable as error:
+            console.print(f"error: {error.message}\nhint: {error.hint}", markup=False)
             return 1
     if options.plots:
         for path in plot(results, options.plots):

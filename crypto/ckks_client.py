@@ -52,13 +52,13 @@ from fedpt_secure.crypto.wiping import wipe
 class CkksClient:
     """One client in one round.
 
-    **Guarantees** Against a server that follows the protocol and keeps all it sees, and against anybody on the network:
+    **Guarantees** Against a server that follows the protocol and keeps all it sees, and whoever listens on the network:
     nothing is learned of the vector but through the sum over the survivors, with 128-bit security, up to a statistical
     distance of 2^-flooding_bits a round. The client decrypts one sum at most, over survivors and ciphertexts that a
     quorum signed alike and among which it found its own.
 
     **Assumptions** No client is in league with the server, since every client can decrypt every vector; what the server
-    calls the sum is the sum. Every error but `ProtocolStateError` and the `EncodingError` of a bad vector ends the
+    calls the sum is the sum, and nobody else speaks in its name (TLS). Every error but `ProtocolStateError` and the `EncodingError` of a bad vector ends the
     machine.
 
     Args:
