@@ -2,7 +2,7 @@
 
 This is the one module that imports TenSEAL, and it does so only when it is used. Encryption is symmetric, since
 everybody who encrypts holds the key: its errors are some 70 times smaller than under a public key. Bytes from
-outside go through `_load` only, after their sender's signature and their size have been checked by the caller.
+outside get to TenSEAL through `_load` and `CkksKey.from_bytes` only, after the caller has checked whose they are.
 """
 
 from __future__ import annotations
