@@ -60,8 +60,8 @@ class CkksClient:
     **Assumptions** No client is in league with the server, since every client can decrypt every vector; what the server
     calls the sum is the sum, and nobody else speaks in its name (TLS).
 
-    Every error but `ProtocolStateError` and the `EncodingError` of a bad vector ends the machine. It cannot be copied or
-    pickled, and serves one thread at a time.
+    Every error but `ProtocolStateError` and the `EncodingError` of a bad vector ends the machine. It cannot be copied
+    or pickled, and serves one thread at a time.
 
     Args:
         context: the round, as this client sees it; its `threshold` is the quorum.
