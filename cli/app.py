@@ -8,10 +8,12 @@ import warnings
 import typer
 
 from fedpt_secure import __version__
+from fedpt_secure.cli.account import account
 from fedpt_secure.cli.crypto_parameters import crypto
 from fedpt_secure.cli.fetch import fetch
 from fedpt_secure.cli.generate import generate
 from fedpt_secure.cli.keys import keys
+from fedpt_secure.cli.ledger import ledger
 from fedpt_secure.cli.train import train
 
 app = typer.Typer(
@@ -26,8 +28,10 @@ app = typer.Typer(
 app.command()(train)
 app.command()(generate)
 app.command()(fetch)
+app.command()(account)
 app.add_typer(keys)
 app.add_typer(crypto)
+app.add_typer(ledger)
 
 
 def _show_version(value: bool) -> None:

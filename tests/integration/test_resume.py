@@ -126,18 +126,18 @@ def test_a_killed_private_run_sends_the_same_update_again_and_spends_once(tiny_c
     before = {name: update.tobytes() for name, update in pending(1).items() if update is not None}
     assert len(before) == 3
     sent = {}
-    original = ClientWorker._update
+    original = ClientWorker._release
 
     def recording(self, announcement, small):
         update = original(self, announcement, small)
         sent[announcement.round_index, update.tobytes()] = self.client_id
         return update
 
-    ClientWorker._update = recording
+    ClientWorker._release = recording
     try:
         result = run_training(tiny_config, RunDirectory.open(tmp_path / "run"), cache=Cache(cache), progress=SILENT)
     finally:
-        ClientWorker._update = original
+        ClientWorker._release = original
     assert all((1, update) in sent for update in before.values())
     assert result.statement.private
     assert result.statement.epsilon <= 4.0
