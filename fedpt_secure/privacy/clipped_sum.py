@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -79,11 +79,16 @@ def clipped_sum(
         examples_per_pass: examples in one forward pass; where the assumption is to be had by construction, 1.
 
     Raises:
-        PrivacyError: `clip_norm` is not a positive number within float32's range, more examples than the grid can sum,
-            or a model whose layers do not keep examples apart.
+        PrivacyError: `clip_norm` is not a positive number within float32's range, the method is unknown or a pass
+            has no examples, there are more examples than the grid can sum, or a model whose layers do not keep examples
+            apart.
     """
     if not clip_norm >= _SMALLEST_CLIP_NORM:
         raise PrivacyError(f"clip_norm is {clip_norm}, must be at least {_SMALLEST_CLIP_NORM:g}")
+    if method not in get_args(Method) or examples_per_pass < 1:
+        raise PrivacyError(
+            f"method {method!r} with {examples_per_pass} examples per pass is not a way to sum gradients"
+        )
     if len(examples) > _MOST_EXAMPLES:
         raise PrivacyError(f"{len(examples)} examples in one sum; at most {_MOST_EXAMPLES} add up exactly")
     total = _GridSum(small.dimension, clip_norm)

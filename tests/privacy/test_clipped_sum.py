@@ -194,6 +194,12 @@ def test_a_clip_norm_that_bounds_nothing_is_refused(clip_norm):
         clipped_sum(small_lm(), examples(2), clip_norm=clip_norm)
 
 
+@pytest.mark.parametrize("way", [{"examples_per_pass": 0}, {"examples_per_pass": -1}, {"method": "vmap"}])
+def test_what_would_sum_nothing_is_refused(way):
+    with pytest.raises(PrivacyError, match="way to sum"):
+        clipped_sum(small_lm(), examples(2), clip_norm=1.0, **way)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_is_left_as_it_was(method):
     small, data = small_lm(), examples(4)
