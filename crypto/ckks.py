@@ -235,7 +235,6 @@ def _load(context: Any, parameters: CkksParameters, encoded: bytes) -> Any:
         or part.poly_modulus_degree() != parameters.degree
         or part.scale != parameters.scale
         or not part.is_ntt_form()
-        or part.is_transparent()
     ):
         raise MalformedMessage("a ciphertext has another level, scale or form than a fresh one")
     if vector.serialize() != encoded:

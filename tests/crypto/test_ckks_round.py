@@ -22,6 +22,7 @@ from fedpt_secure.crypto import (
     CryptoError,
     DealerMissing,
     DecryptionDisputed,
+    DuplicateKey,
     DuplicateMessage,
     EncodingError,
     KeyRejected,
@@ -38,11 +39,12 @@ from fedpt_secure.crypto import (
     SurvivorsRejected,
     TranscriptMismatch,
     UnknownSender,
+    UnsafePublicKey,
     WrongSession,
 )
 from fedpt_secure.crypto import ckks_messages as messages
 from fedpt_secure.crypto.ckks import CkksKey
-from fedpt_secure.crypto.ckks_keys import GroupKey
+from fedpt_secure.crypto.ckks_keys import CkksDirectory, GroupKey
 from fedpt_secure.crypto.labels import CkksLabel
 from fedpt_secure.crypto.messages import encode_set
 
@@ -546,6 +548,88 @@ def test_an_own_key_that_is_missing_from_the_directory_is_noticed(fresh):
     fresh.phase("advertise", fresh.others(name))
     with pytest.raises(OwnKeysMissing):
         fresh.clients[name].share_keys(fresh.published["share"][name])
+
+
+def test_a_client_refuses_lists_below_its_quorum_whatever_the_server_makes_of_them(cohort):
+    """Directory, those who go on, survivors: three of five, where four must be."""
+    few = encode_set(range(3), Round(cohort).context)
+    first = Round(cohort).phase("advertise")
+    name = cohort.ids[0]
+    said = first.published["share"][name]
+    entries = msgspec.msgpack.decode(said, type=messages.CkksKeyDirectory).entries[: 3 * messages.ENTRY_BYTES]
+    with pytest.raises(BelowThreshold):
+        first.answer("share", name, changed(said, messages.CkksKeyDirectory, members=few, entries=entries))
+    second = Round(cohort).until("mask")
+    name, other = second.dealer, second.others(second.dealer)[0]
+    third_name = second.others(name, other)[0]
+    three = encode_set([cohort.ids.index(each) for each in (name, other, third_name)], second.context)
+    for each in (name, other):
+        with pytest.raises(BelowThreshold):
+            second.answer("mask", each, changed(second.published["mask"][each], messages.KeyInbox, sharers=three))
+    third = Round(cohort).until("confirm")
+    said = third.published["confirm"][cohort.ids[0]]
+    digests = msgspec.msgpack.decode(said, type=messages.CkksSurvivors).digests[: 3 * 32]
+    with pytest.raises(BelowThreshold):
+        third.answer("confirm", cohort.ids[0], changed(said, messages.CkksSurvivors, survivors=few, digests=digests))
+
+
+def test_only_survivors_may_confirm(cohort):
+    """A client that dropped out signs what the others do: it does not count."""
+    round_ = Round(cohort).until("mask")
+    lost = cohort.ids[4]
+    round_.phase("mask", round_.others(lost)).phase("confirm", round_.others(lost))
+    statement = round_.server._statement
+    signatures = [cohort.identities[name].sign(statement) for name in cohort.ids]
+    name = cohort.ids[0]
+    everybody = changed(
+        round_.published["unmask"][name],
+        messages.CkksConfirmations,
+        confirmed=encode_set(range(5), round_.context),
+        signatures=b"".join(signatures),
+    )
+    with pytest.raises(TranscriptMismatch, match="not in the survivor list"):
+        round_.clients[name].unmask(everybody)
+
+
+def _advertisement(round_, name, channel_key):
+    sender = round_.context.cohort.index(name)
+    to_sign = messages.advertisement_to_sign(round_.server._session, sender=sender, channel_key=channel_key)
+    return messages.encode(
+        messages.CkksAdvertisement(
+            session=round_.server._session.digest,
+            sender=sender,
+            channel_key=channel_key,
+            signature=round_.cohort.identities[name].sign(to_sign),
+        )
+    )
+
+
+def test_copied_and_low_order_channel_keys_are_refused_on_both_sides(fresh):
+    one, other = fresh.context.cohort[:2]
+    fresh.phase("advertise", [one], close=False)
+    copied = msgspec.msgpack.decode(fresh.sent["advertise"][one], type=messages.CkksAdvertisement).channel_key
+    for key, error in ((copied, DuplicateKey), (bytes(32), UnsafePublicKey)):
+        with pytest.raises(error):
+            fresh.hand_in("advertise", other, _advertisement(fresh, other, key))
+        entries = [msgspec.msgpack.decode(_advertisement(fresh, other, key), type=messages.CkksAdvertisement)]
+        entries.insert(0, msgspec.msgpack.decode(fresh.sent["advertise"][one], type=messages.CkksAdvertisement))
+        directory = messages.CkksKeyDirectory(
+            session=fresh.server._session.digest,
+            members=encode_set([0, 1], fresh.context),
+            entries=b"".join(entry.channel_key + entry.signature for entry in entries),
+        )
+        with pytest.raises(error):
+            CkksDirectory.from_bytes(messages.encode(directory), fresh.server._session, fresh.cohort.roster)
+
+
+def test_there_is_one_encoding_of_every_message(fresh):
+    """The sender as a longer integer: the same content, other bytes."""
+    name = fresh.context.cohort[1]
+    message = fresh.answer("advertise", name, b"")
+    sender_at = 1 + 1 + 2 + 32
+    assert message[sender_at] == 1
+    with pytest.raises(MalformedMessage, match="canonical"):
+        fresh.hand_in("advertise", name, message[:sender_at] + b"\xcc" + message[sender_at:])
 
 
 def test_a_vector_encrypted_for_another_circle_is_refused(cohort):
