@@ -93,7 +93,8 @@ def set_budget(
 def _print_one(out: Console, summary: LedgerSummary) -> None:
     if summary.runs:
         table = Table(box=box.SIMPLE)
-        for heading in ("run", "mode", "releases", "steps", "epsilon alone"):
+        table.add_column("run", no_wrap=True)
+        for heading in ("mode", "releases", "steps", "epsilon alone"):
             table.add_column(heading)
         for run in summary.runs:
             modes = ", ".join(run.modes)

@@ -171,7 +171,9 @@ def change_budget(
         PrivacyError: no budget, or one that allows more than before without `confirm_raise`.
     """
     if create and not (directory / NAME).exists():
-        Ledger.create(directory, budget=Budget(epsilon, delta or 1e-5, _unit(unit or "record"), set_by=by))
+        Ledger.create(
+            directory, budget=Budget(epsilon, 1e-5 if delta is None else delta, _unit(unit or "record"), set_by=by)
+        )
         return 0.0
     if not (directory / NAME).exists():
         raise LedgerError(f"there is no ledger in {directory}", hint="--create begins one")
