@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -145,6 +146,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-flower", action="store_true", help="leave Flower out")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, one thread: for busy machines")
     options = parser.parse_args(arguments)
+    if options.plots and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plots needs matplotlib (pip install 'fedpt-secure[bench]')")
     if options.cpu_time:
         options.threads = 1
         count_cpu_time()
