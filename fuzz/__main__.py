@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,7 +57,12 @@ def fuzz(name: str, *, seconds: int, work: Path, place: str) -> Outcome:
     command = [sys.executable, "-m", "fuzz.atheris_target", name, f"-max_total_time={seconds}", "-print_final_stats=1"]
     command += [f"-timeout={_STALLED_SECONDS}", f"-rss_limit_mb={MEGABYTES}", f"-artifact_prefix={found}/"]
     command += [str(folder), *([str(CORPUS / name)] if (CORPUS / name).is_dir() else [])]
-    process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, errors="replace")
+    # libFuzzer ends the process without cleaning up; what it leaves is in a place of ours.
+    scratch = tempfile.TemporaryDirectory(prefix="fedpt-fuzz-")
+    environment = os.environ | {"TMPDIR": scratch.name}
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, errors="replace"
+    )
     with open(work / name / "log.txt", "w") as log:
         for line in process.stdout or ():
             log.write(line)
@@ -67,8 +74,10 @@ def fuzz(name: str, *, seconds: int, work: Path, place: str) -> Outcome:
                 shown = time.monotonic()
                 done = f"{outcome.executions:,} inputs, {outcome.edges} edges, {shown - started:.0f}/{seconds} s"
                 print(f"\r{place} {name}: {done}   ", end="", file=sys.stderr, flush=True)
+    failed = process.wait()
+    scratch.cleanup()
     outcome.seconds = round(time.monotonic() - started, 1)
-    if process.wait():
+    if failed:
         outcome.finding = str(max(set(found.iterdir()) - before, default=work / name / "log.txt"))
     found_what = f"FINDING {outcome.finding}" if outcome.finding else "nothing found"
     print(f"\r{place} {name}: {outcome.executions:,} inputs, {found_what}{' ' * 20}", file=sys.stderr, flush=True)

@@ -20,8 +20,7 @@ from fuzz.target import Finding, Target
 
 @cache
 def _scratch() -> Path:
-    memory = Path("/dev/shm")  # noqa: S108 - files of a fuzzer, rewritten ten thousand times, are better not on a disk
-    directory = Path(tempfile.mkdtemp(prefix="fedpt-fuzz-", dir=memory if memory.is_dir() else None))
+    directory = Path(tempfile.mkdtemp(prefix="fedpt-fuzz-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
 
