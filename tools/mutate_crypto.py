@@ -73,6 +73,16 @@ LEFT_OUT = (
 """Tests that do not count: those of other modules, and those that notice by chance or take long. What only they would
 notice is not held."""
 
+LIKELIEST = {
+    "client": ["test_attacks.py", "test_single_use.py"],
+    "directory": ["test_attacks.py"],
+    "masks": ["test_golden_vectors.py", "test_single_use.py"],
+    "recovery": ["test_false_shares.py"],
+    "server": ["test_single_use.py", "test_round.py", "test_false_shares.py"],
+    "wiping": ["test_single_use.py"],
+}
+"""Tests to try first, where they are not those named after the module."""
+
 SECONDS_A_STAGE = 300
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -231,8 +241,8 @@ def _test_files(folder: Path, module: str) -> list[list[str]]:
     """The tests that count, in the order of their chance to notice; what is collected for nothing costs most."""
     names = sorted(path.name for path in (folder / "tests" / "crypto").glob("test_*.py"))
     names = [name for name in names if not name.startswith(LEFT_OUT)]
-    own, near = [f"test_{module}.py"], ["test_attacks.py", "test_boundaries.py", "test_single_use.py"]
-    near = [*near, "test_golden_vectors.py", "test_policy.py"]
+    own = LIKELIEST.get(module, [f"test_{module}.py"])
+    near = [name for name in ("test_boundaries.py", "test_golden_vectors.py", "test_attacks.py") if name not in own]
     rest = [name for name in names if name not in own and name not in near]
     stages = ([name for name in stage if name in names] for stage in (own, near, rest))
     return [[f"tests/crypto/{name}" for name in stage] for stage in stages if stage]
