@@ -573,6 +573,20 @@ def test_a_client_refuses_lists_below_its_quorum_whatever_the_server_makes_of_th
         third.answer("confirm", cohort.ids[0], changed(said, messages.CkksSurvivors, survivors=few, digests=digests))
 
 
+def test_a_list_of_those_who_go_on_without_the_client_or_with_an_outsider_is_refused(cohort):
+    lost = cohort.ids[4]
+    for lacks_the_client in (True, False):
+        round_ = Round(cohort).phase("advertise", cohort.ids[:4])
+        round_.phase("share", cohort.ids[:4])
+        name = next(each for each in cohort.ids[:4] if each != round_.dealer)
+        own = cohort.ids.index(name)
+        shown = [member for member in range(4) if member != own] if lacks_the_client else range(5)
+        inbox = changed(round_.published["mask"][name], messages.KeyInbox, sharers=encode_set(shown, round_.context))
+        with pytest.raises(TranscriptMismatch, match="lacks this client or names an outsider"):
+            round_.answer("mask", name, inbox)
+        assert lost not in round_.server.sharers
+
+
 def test_only_survivors_may_confirm(cohort):
     """A client that dropped out signs what the others do: it does not count."""
     round_ = Round(cohort).until("mask")
