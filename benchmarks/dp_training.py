@@ -1,15 +1,15 @@
 """What per-example clipping costs: tokens per second and peak memory against non-private training, and exactness.
 
-    python benchmarks/dp_training.py --large PATH         # the table; about 10 minutes on one core
+    python benchmarks/dp_training.py --large PATH         # the table; about 15 minutes on one core
     python benchmarks/dp_training.py --quick              # under a minute: the default adapter alone
     python benchmarks/dp_training.py --json > dp.json     # --from dp.json prints it again, also as --markdown
 
 Every variant sums the gradients of the same examples for the same trained parameters; "x8" means 8 examples per pass.
 Non-private training is plain autograd; each private variant is compared with it at the same number of examples per
-pass ("ratio") and with the fastest non-private one ("to fastest"; "processor time" is that by CPU seconds, which other
-load on the machine disturbs less). Times are interleaved, all variants in each repetition, and a ratio is the median
-over repetitions. The limit is non-private training itself: its forward pass and the backward pass down to the lowest
-trained layer ("operations": floating-point operations over its). Memory is the model and what a step needs beyond it
+pass ("ratio", by the clock and by processor time, which other load on the machine disturbs less) and with the fastest
+non-private one ("to fastest"). Times are interleaved, all variants in each repetition, and a ratio is the median over
+repetitions. The limit is non-private training itself: its forward pass and the backward pass down to the lowest trained
+layer ("operations": floating-point operations over its). Memory is the model and what a step needs beyond it
 ("working") at its peak.
 
 The large model is a folder in Transformers format, or anything else that `fedpt-secure train --large` takes.

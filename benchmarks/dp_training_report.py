@@ -14,13 +14,13 @@ from rich.table import Table
 from fedpt_secure.privacy import SmallExample
 
 Results = dict[str, Any]
-BARS = {"throughput_ratio": 0.9, "memory_ratio": 1.2, "max_norm_error": 1e-5}
+_BARRED = ("throughput_ratio", "memory_ratio", "max_norm_error")
 _HEADINGS = (
     "gradients",
     "tokens/s",
     "ratio",
+    "by processor time",
     "to fastest",
-    "processor time",
     "memory, MB",
     "ratio",
     "working, MB",
@@ -52,7 +52,7 @@ def summarise(
                 "tokens_per_second": tokens / float(np.median([wall for wall, _ in seconds[variant.name]])),
                 "throughput_ratio": _ratio(seconds, same, variant.name, clock=0),
                 "throughput_ratio_to_fastest": _ratio(seconds, fastest.name, variant.name, clock=0),
-                "processor_time_ratio_to_fastest": _ratio(seconds, fastest.name, variant.name, clock=1),
+                "processor_time_ratio": _ratio(seconds, same, variant.name, clock=1),
                 "memory_bytes": None if memory is None else sum(memory[variant.name].values()),
                 "working_memory_bytes": None if memory is None else memory[variant.name]["working"],
                 "memory_ratio": None
@@ -63,7 +63,7 @@ def summarise(
             }
         )
     default = next(row for row in rows if row["name"] == DEFAULT.name)
-    return {**{key: default[key] for key in BARS}, "variants": rows}
+    return {**{key: default[key] for key in (*_BARRED, "processor_time_ratio")}, "variants": rows}
 
 
 def print_table(results: Results, console: Console) -> None:
@@ -125,8 +125,8 @@ def _cells(row: Results) -> list[str]:
         row["name"],
         number("tokens_per_second", ",.0f"),
         number("throughput_ratio", ".2f"),
+        number("processor_time_ratio", ".2f"),
         number("throughput_ratio_to_fastest", ".2f"),
-        number("processor_time_ratio_to_fastest", ".2f"),
         number("memory_bytes", ",.0f", 1e-6),
         number("memory_ratio", ".2f"),
         number("working_memory_bytes", ",.0f", 1e-6),
@@ -139,8 +139,8 @@ def _verdict(case: Results) -> str:
     memory = "not measured" if case["memory_ratio"] is None else f"{case['memory_ratio']:.2f} (bar: at most 1.2)"
     shapes = case["rounding"]
     return (
-        f"Default ({DEFAULT.name}): throughput {case['throughput_ratio']:.2f} of non-private (bar: at least 0.9), "
-        f"memory {memory}, norm error {case['max_norm_error']:.1e} (bar: at most 1e-5). An example's gradient moves by "
-        f"{shapes['float32']:.1e} of its norm in float32 and {shapes['bfloat16']:.1e} in bfloat16 when others share "
-        "its pass."
+        f"Default ({DEFAULT.name}): throughput {case['throughput_ratio']:.2f} of non-private (bar: at least 0.9; "
+        f"{case['processor_time_ratio']:.2f} by processor time), memory {memory}, norm error "
+        f"{case['max_norm_error']:.1e} (bar: at most 1e-5). An example's gradient moves by {shapes['float32']:.1e} of "
+        f"its norm in float32 and {shapes['bfloat16']:.1e} in bfloat16 when others share its pass."
     )
