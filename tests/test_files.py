@@ -11,6 +11,25 @@ import pytest
 from fedpt_secure import files
 
 
+def test_a_file_is_created_whole_and_never_replaced(tmp_path):
+    files.create_bytes(tmp_path / "ledger", b"first", mode=0o600)
+    with pytest.raises(FileExistsError):
+        files.create_bytes(tmp_path / "ledger", b"second")
+    assert (tmp_path / "ledger").read_bytes() == b"first"
+    assert (tmp_path / "ledger").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger"]
+
+
+def test_a_creation_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.create_bytes(tmp_path / "ledger", b"first")
+    assert list(tmp_path.iterdir()) == []
+
+
 def _refuse(*args, **kwargs):
     raise OSError(28, "No space left on device")
 

@@ -180,7 +180,9 @@ BROKEN = {
 @pytest.mark.parametrize("mistake", BROKEN)
 def test_an_accountant_with_a_mistake_would_be_noticed(references, mistake):
     broken, verdict = BROKEN[mistake]
-    few = [row for row in references if row[0].steps <= 20 and row[1] == 1e-5 and row[0].sampling_rate != 0.001]
+    enough = {GaussianSteps(3.0, 1.0, 8), GaussianSteps(0.6, 0.1, 1), GaussianSteps(0.8, 0.05, 20)}
+    few = [row for row in references if row[0] in enough]
+    assert len(few) == len(enough)
     assert any(line.startswith(verdict) for line in complaints(few, broken))
 
 
@@ -271,7 +273,7 @@ def test_a_large_epsilon_is_still_tight():
         assert exact <= epsilon_spent((GaussianSteps(sigma, 1.0, 10),), delta=1e-5) <= exact * 1.001
 
 
-@settings(deadline=None, max_examples=3)
+@settings(deadline=None, max_examples=2)
 @given(
     epsilon=st.floats(0.2, 12),
     sampling_rate=st.sampled_from([0.05, 0.3, 1.0]),
