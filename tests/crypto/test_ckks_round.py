@@ -780,3 +780,12 @@ def test_finished_clients_keep_no_key(fresh):
         assert client._ckks_key is None
         assert client._group_key is None
     assert not any(map(any, secrets))
+
+
+def test_a_deal_that_the_dealer_did_not_sign_is_ignored(fresh):
+    fresh.phase("advertise")
+    name = fresh.dealer
+    message = fresh.answer("share", name, fresh.published["share"][name])
+    with pytest.raises(SignatureInvalid):
+        fresh.hand_in("share", name, changed(message, messages.KeyDeal, commitment=bytes(32)))
+    fresh.hand_in("share", name, message)
