@@ -118,3 +118,24 @@ def test_what_is_no_budget_is_refused(book, arguments):
     result = invoke("set-budget", book, *arguments)
     assert result.exit_code == 6
     assert len(Ledger(book).budgets()) == 1
+
+
+def test_a_second_run_on_the_same_ledgers_is_declined_and_says_why(tiny_models, chat_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    train = [
+        *("train", "--data", chat_file, "--client-column", "who", "--text-column", "said"),
+        *("--small", tiny_models["small"], "--large", tiny_models["large"], "--device", "cpu"),
+        *("--context-length", 12, "--rounds", 1, "--cohort", 5, "--lora-rank", 2, "--evaluation-records", 10),
+        *("--ledgers", "books"),
+    ]
+    first = RUNNER.invoke(app, [*map(str, train), "--out", "first"])
+    assert first.exit_code == 0, first.output
+    assert not (tmp_path / "first" / "clients").exists()
+    second = RUNNER.invoke(app, [*map(str, train), "--out", "second"])
+    assert second.exit_code == 7
+    assert "of 5 clients 5 declined: 5 for budget" in second.stderr
+    assert "5 clients are over their own budgets" in second.stderr
+    shown = json.loads(invoke("show", "books", "--json").stdout)["ledgers"]
+    assert sum(len(item["runs"]) for item in shown) == 5
+    assert all(item["spent"]["epsilon"] <= 4.0 for item in shown)
