@@ -20,7 +20,7 @@ from fedpt_secure.crypto import FixedPointEncoding
 from fedpt_secure.crypto.errors import EncodingError
 from fedpt_secure.errors import PrivacyError
 from fedpt_secure.privacy import InsecureDeterministicRandom, RingMechanism
-from fedpt_secure.privacy.accounting import SLACK_PER_STEP
+from fedpt_secure.privacy.accounting import SLACK_PER_STEP, SMALLEST_DELTA
 from fedpt_secure.privacy.discrete_gaussian import LARGEST_SIGMA
 from fedpt_secure.privacy.ring_mechanism import (
     FLOAT_ALLOWANCE,
@@ -114,6 +114,16 @@ def test_extreme_vectors_and_ten_deviations_of_noise_do_not_wrap(changes, sign):
         # A wrap would be off by 2^b steps, on the other side of zero.
         decoded = mechanism.decode(ring_sum(mechanism, [extreme] * mechanism.cohort))
         assert (np.sign(decoded) == sign).all()
+
+
+@pytest.mark.parametrize("ring_bits", [20, 24, 32])
+def test_a_noised_vector_is_one_of_ring_elements(ring_bits):
+    """Shares of both signs, and no word beyond the ring: packing would lose the rest of it, or refuse."""
+    mechanism = planned(ring_bits=ring_bits, dimension=16, coordinate_bound=1.0)
+    words = mechanism.encode(np.zeros(16), source("words"))
+    assert int(words.max()) < 2**ring_bits
+    signed = mechanism.encoding.signed(words)
+    assert signed.min() < 0 < signed.max()
 
 
 def test_a_grid_twice_as_fine_would_wrap():
@@ -339,6 +349,15 @@ def test_the_slack_is_that_of_the_lemma():
         sigma = share * math.sqrt(honest)
         assert mechanism.slack >= (_below(dimension, sigma) + _above(dimension, sigma)) * (1 - 1e-12)
         assert mechanism.slack <= 1.5 * (_below(dimension, sigma) + _above(dimension, sigma))
+
+
+def test_what_the_slack_takes_off_delta_leaves_room_for_the_tail_of_lemma_2():
+    """delta is at least e^{Tg} (delta' + T e^{epsilon - 100}) for each epsilon up to 50, at the smallest delta."""
+    for steps_taken in (1, 10, 10_000):
+        for slack in (0.0, SLACK_PER_STEP):
+            computed_at = math.exp(-2 * SLACK_PER_STEP * steps_taken) * SMALLEST_DELTA
+            covered = math.exp(steps_taken * slack) * (computed_at + steps_taken * math.exp(50 - 100))
+            assert covered <= SMALLEST_DELTA
 
 
 def test_the_slack_falls_with_the_noise_and_grows_with_the_dimension():
