@@ -36,7 +36,7 @@ is still an upper bound, in the time and memory of a smaller one."""
 _ORDERS = (*range(2, 65), 128, 256, 512)
 _LARGEST_TIGHT_EPSILON = 1000.0
 """Above this Renyi bound (Mironov 2017; also an upper bound) the tight accountant is not asked: nobody chooses between
-an epsilon of 1,000 and one of 700."""
+an epsilon of 1,000 and one of 700. Nor is it asked where the slack leaves less than half of `SMALLEST_DELTA`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +83,14 @@ def epsilon_spent(spent: tuple[GaussianSteps, ...], *, delta: float, discretisat
         return math.inf  # the accountant's grid would grow without bound; no useful promise lives here
     if not spent:
         return 0.0
+    if delta == 0:
+        return math.inf  # the slack of more than 10^8 steps has used it up
     events = [_event(item) for item in merge(spent)]
     with warnings.catch_warnings():
         # It advises more orders where the last one is best; here it only decides whether to look closer.
         warnings.simplefilter("ignore", UserWarning)
         coarse = _compose(rdp.RdpAccountant(_ORDERS), events).get_epsilon(delta)
-    if coarse > _LARGEST_TIGHT_EPSILON:
+    if coarse > _LARGEST_TIGHT_EPSILON or delta < SMALLEST_DELTA / 2:
         return float(coarse) + slack
     # Powers of ten, so that nearly equal histories are looked at through the same grid.
     needed = 10.0 ** math.ceil(math.log10(coarse / _LARGEST_GRID)) if coarse > 0 else 0.0
@@ -102,7 +104,7 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
     """A noise multiplier with which `steps` releases cost at most (epsilon, delta), and hardly less.
 
     `epsilon_spent` of the result, at its default discretisation, is at most epsilon, so a budget check agrees; of a
-    multiplier 0.1 % smaller it is above epsilon (tests allow for the rounding of floats).
+    multiplier 0.1 % smaller it is above epsilon.
 
     Returns 0 for an infinite epsilon, which promises nothing.
 
@@ -124,7 +126,7 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
         return epsilon_spent(history, delta=delta, discretisation=discretisation)
 
     top = math.ceil(math.log(LARGEST_NOISE_MULTIPLIER / SMALLEST_NOISE_MULTIPLIER, _CALIBRATION_STEP))
-    # Gallop from a middling multiplier: both ends of the range are slow to account for.
+    # Gallop from the small end, where the Renyi bound mostly answers alone.
     enough = 1
     stride = math.ceil(math.log(2, _CALIBRATION_STEP))
     while cost(enough) > epsilon:

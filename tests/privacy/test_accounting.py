@@ -313,6 +313,14 @@ def test_no_noise_is_infinite_and_no_step_is_free():
     assert calibrate_noise(epsilon=math.inf, delta=1e-5, sampling_rate=1.0, steps=3) == 0.0
 
 
+@pytest.mark.parametrize("steps", [10**7, 10**8, 10**9])
+def test_millions_of_steps_are_bounded_at_once_or_not_at_all(steps):
+    """The slack takes its share of delta; what is left is below what the tight accountant can tell apart."""
+    began = time.process_time()
+    assert epsilon_spent((GaussianSteps(10_000.0, 0.001, steps),), delta=1e-5) > SLACK_PER_STEP * steps
+    assert time.process_time() - began < 5
+
+
 def test_what_cannot_be_met_is_refused_with_what_would():
     with pytest.raises(PrivacyError, match="cannot be met") as caught:
         calibrate_noise(epsilon=1e-4, delta=1e-9, sampling_rate=1.0, steps=1_000_000)
