@@ -53,6 +53,18 @@ def test_a_roster_has_a_largest_size_and_so_has_its_file(monkeypatch):
         Roster.from_json(content)
 
 
+def test_part_of_a_roster_digest_is_no_digest_and_is_told_apart_from_a_wrong_one():
+    """Somebody who read half of it over the telephone must not be told that the roster is another one."""
+    roster = Roster({"alice": Identity(bytes(32)).verify_key_bytes})
+    whole = roster.digest.hex()
+    roster.check_digest(f" {whole[:10]} {whole[10:]}".upper())
+    for part in (whole[:-1], whole + "0", "g" + whole[1:], ""):
+        with pytest.raises(ParameterError, match="64 hexadecimal digits"):
+            roster.check_digest(part)
+    with pytest.raises(ParameterError, match="the roster's digest is"):
+        roster.check_digest("0" * 64)
+
+
 def test_share_points_reach_from_1_to_the_last_of_32_bits():
     points = (1, 2**32 - 1)
     shares = dict(zip(points, split(b"s" * 32, points=points, threshold=2), strict=True))

@@ -16,6 +16,7 @@ from fedpt_secure.crypto import (
     SYSTEM_RANDOM,
     ClientState,
     DuplicateMessage,
+    MalformedMessage,
     ProtocolStateError,
     RoundReplayed,
     ServerState,
@@ -379,3 +380,28 @@ def test_a_masked_vector_stays_in_the_ring(make_cohort):
         patch.setattr(client_module, "pack", looking)
         a_round.mask()
     assert max(seen) < 1 << 20
+
+
+def test_a_signed_vector_that_does_not_unpack_is_ignored_and_may_be_sent_again(make_cohort):
+    """Its unused bits are set. Were it counted all the same, the sum would be said to hold a client it does not."""
+    cohort = make_cohort(3)
+    a_round = cohort.round(cohort.context(ring_bits=17, vector_length=3)).advertise().share()
+    name, context = cohort.ids[0], a_round.context
+    sent = a_round.clients[name].mask(a_round.inboxes[name], a_round.vectors[name])
+    message = m.decode(sent, m.MaskedVector, context, body_bytes=100)
+    vector = bytes(message.vector[:-1]) + bytes([message.vector[-1] | 0x80])
+    to_sign = m.masked_to_sign(
+        context,
+        directory=a_round.server._directory.digest,
+        sender=message.sender,
+        sharers=message.sharers,
+        vector=vector,
+    )
+    signature = cohort.identities[name].sign(to_sign)
+    wrong = msgspec.structs.replace(message, vector=memoryview(vector), signature=signature)
+    with pytest.raises(MalformedMessage, match="unused bits"):
+        a_round.server.receive_masked(name, m.encode(wrong))
+    assert not np.any(a_round.server._total)
+    a_round.server.receive_masked(name, sent)
+    total = a_round.mask(cohort.ids[1:]).confirm().unmask().server.aggregate()
+    assert (total == a_round.plain_sum(cohort.ids)).all()
