@@ -88,6 +88,12 @@ SECONDS_A_STAGE = 300
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("encoding", "boundary", "self.scale > 0"): "no level of at least 1 over a finite bound rounds to zero",
     ("packing", "boundary", "ring_bits < dtype.itemsize * 8"): "an element of a whole word has no bits above the ring",
+    (
+        "prg",
+        "call",
+        "encryptor.update_into(_ZEROS, buffer)",
+    ): "it is timed to choose between two ways to the same bytes",
+    ("prg", "boundary", "start < stop"): "an empty piece of the vector more, to which nothing is added",
 }
 """(module, kind, source of what is changed) -> why no test can tell the mutant from the original."""
 
