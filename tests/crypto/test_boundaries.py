@@ -74,6 +74,15 @@ def test_an_id_that_stands_in_a_roster_file_twice_is_called_that():
         Roster.from_json(msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
 
 
+def test_the_clients_of_a_roster_file_are_sorted():
+    """Two files of one roster would have two digests of their own, for whoever hashes files."""
+    keys = {name: Identity(name.encode().ljust(32)).verify_key_bytes for name in ("alice", "bob")}
+    file = msgspec.json.decode(Roster(keys).to_json())
+    file["clients"].reverse()
+    with pytest.raises(ParameterError, match="not sorted"):
+        Roster.from_json(msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
+
+
 def test_share_points_reach_from_1_to_the_last_of_32_bits():
     points = (1, 2**32 - 1)
     shares = dict(zip(points, split(b"s" * 32, points=points, threshold=2), strict=True))

@@ -23,6 +23,7 @@ from fedpt_secure.crypto import (
     TranscriptMismatch,
 )
 from fedpt_secure.crypto import client as client_module
+from fedpt_secure.crypto import masks as masks_module
 from fedpt_secure.crypto import messages as m
 from fedpt_secure.crypto import server as server_module
 
@@ -405,3 +406,16 @@ def test_a_signed_vector_that_does_not_unpack_is_ignored_and_may_be_sent_again(m
     a_round.server.receive_masked(name, sent)
     total = a_round.mask(cohort.ids[1:]).confirm().unmask().server.aggregate()
     assert (total == a_round.plain_sum(cohort.ids)).all()
+
+
+def test_the_secret_of_a_pair_is_wiped_once_its_mask_key_is_derived(make_cohort, monkeypatch):
+    secrets, genuine = [], masks_module.shared_secret
+
+    def remembering(*arguments):
+        secrets.append(genuine(*arguments))
+        return secrets[-1]
+
+    monkeypatch.setattr(masks_module, "shared_secret", remembering)
+    make_cohort(3).round().advertise().share().mask()
+    assert len(secrets) == 6
+    assert not any(any(secret) for secret in secrets)
