@@ -122,7 +122,7 @@ def _run_log(data: bytes) -> bytes:
 
 
 def _run_log_seeds() -> Sequence[bytes]:
-    return [b'{"round": 0, "aborted": false}\n{"round": 1, "small_tuned_loss": 5.2}\n', b""]
+    return [b'{"round": 0, "aborted": false}\n{"round": 1, "adapter_norm": 0.5}\n', b""]
 
 
 TARGETS: Final[dict[str, Target]] = {
