@@ -22,7 +22,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-from utility_research_data import SPLITS, Task, judged_tokens, prepare
+from transformers import DynamicCache, LlamaForCausalLM
+from utility_research_data import CONTEXT, SPLITS, Task, builtin_tokenizer, judged_tokens, prepare
 from utility_research_scores import (
     Answers,
     agreement,
@@ -42,11 +42,20 @@ from utility_research_scores import (
     linear,
     mixture,
     proxied,
+    proxied_tokens,
     small_alone,
     small_logprobs,
     top_k,
 )
-from utility_research_tuning import Mechanism, Optimiser, batches, collate, judged_losses, perplexity_free_loss
+from utility_research_tuning import (
+    Mechanism,
+    Optimiser,
+    batches,
+    collate,
+    divergence,
+    judged_losses,
+    perplexity_free_loss,
+)
 
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.lm.directions import FILE as DIRECTIONS_FILE
@@ -55,6 +64,7 @@ from fedpt_secure.lm.small import BUILTIN, BaseLM, SmallLM, builtin_directory, l
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.lm.vocabulary import Vocabulary
 from fedpt_secure.privacy import calibrate_noise
+from fedpt_secure.proxy.arithmetic import shifted_logprobs
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -98,6 +108,7 @@ def main() -> None:
     command = commands.add_parser("score", parents=[shared])
     command.add_argument("names", nargs="+")
     command.add_argument("--large", type=Path, required=True)
+    command.add_argument("--choice-only", action="store_true")
     command.set_defaults(run=run_score)
 
     command = commands.add_parser("ceiling", parents=[shared])
@@ -142,6 +153,49 @@ def main() -> None:
     command.add_argument("--split", default="choice", choices=SPLITS[1:])
     command.set_defaults(run=run_decode)
 
+    command = commands.add_parser("where", parents=[shared])
+    command.add_argument("--task", required=True)
+    command.add_argument("--adapter", required=True, help="name of a run of `tune`")
+    command.add_argument("--ceiling", required=True, help="name of a run of `ceiling`")
+    command.add_argument("--large", type=Path, required=True)
+    command.add_argument("--alpha", type=float, default=0.5)
+    command.add_argument("--split", default="choice", choices=SPLITS[1:])
+    command.set_defaults(run=run_where)
+
+    command = commands.add_parser("calibrate", parents=[shared])
+    command.add_argument("--task", required=True)
+    command.add_argument("--adapter", required=True, help="name of a run of `tune`: the tuned side")
+    command.add_argument("--text", default="choice", help="`choice`, or the name of a file that `sample` wrote")
+    command.add_argument("--start", default="base", choices=("base", "tuned"))
+    command.add_argument("--modules", default="all")
+    command.add_argument("--layers", type=int, default=0)
+    command.add_argument("--rank", type=int, default=16)
+    command.add_argument("--directions", default="public", choices=("public", "random"))
+    command.add_argument("--train-a", action="store_true")
+    command.add_argument("--epochs", type=int, default=8)
+    command.add_argument("--lr", type=float, default=0.005)
+    command.add_argument("--limit", type=int, default=100, help="evaluation records looked at")
+    command.set_defaults(run=run_calibrate)
+
+    command = commands.add_parser("sample", parents=[shared])
+    command.add_argument("--adapter", required=True, help="name of a run of `tune`")
+    command.add_argument("--large", type=Path, required=True)
+    command.add_argument("--count", type=int, default=16)
+    command.add_argument("--tokens", type=int, default=80)
+    command.add_argument("--alpha", type=float, default=0.75)
+    command.set_defaults(run=run_sample)
+
+    command = commands.add_parser("prefixed", parents=[shared])
+    command.add_argument("--task", required=True)
+    command.add_argument("--adapter", required=True, help="name of a run of `tune`")
+    command.add_argument("--large", type=Path, required=True)
+    command.add_argument("--texts", type=Path, required=True, help="JSON list of texts, as `sample` writes it")
+    command.add_argument("--count", type=int, default=4, help="texts in the prefix")
+    command.add_argument("--joint", default="\n\n", help="text between records; empty for the separator")
+    command.add_argument("--split", default="choice", choices=SPLITS[1:])
+    command.add_argument("--limit", type=int, default=40, help="records looked at")
+    command.set_defaults(run=run_prefixed)
+
     command = commands.add_parser("batch", help="run the command lines of a file, one after the other")
     command.add_argument("file", type=Path)
     command.set_defaults(run=None)
@@ -157,7 +211,11 @@ def main() -> None:
 def write(options: argparse.Namespace, kind: str, result: dict[str, object]) -> None:
     """Append one line to the results and print it."""
     skipped = {"run", "work", "proxy", "large", "data_folder"}
-    settings = {k: str(v) if v == math.inf else v for k, v in vars(options).items() if k not in skipped}
+    settings = {
+        k: v.name if isinstance(v, Path) else str(v) if v == math.inf else v
+        for k, v in vars(options).items()
+        if k not in skipped
+    }
     line = json.dumps({"kind": kind, "settings": settings} | result)
     with (options.work / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
@@ -192,7 +250,7 @@ def run_score(options: argparse.Namespace) -> None:
     large = LlamaForCausalLM.from_pretrained(options.large, dtype=torch.float32).to(device).eval()
     for name in options.names:
         task = Task.load(options.work / f"{name}.npz")
-        for split in SPLITS[1:]:
+        for split in SPLITS[1:2] if options.choice_only else SPLITS[1:]:
             examples = task.split(split)
             path = scores_path(options, name, split, token_map)
             _, target = large_answers(large, examples, token_map, path, device)
@@ -298,14 +356,7 @@ def run_tune(options: argparse.Namespace) -> None:
         )
         for split in splits
     }  # fmt: skip
-    modules = MATRICES if options.modules == "all" else tuple(options.modules.split(","))
-    settings = LoraSettings(rank=options.rank, layers=options.layers, modules=modules, directions=options.directions)
-    small = SmallLM(proxy.base, settings, seed=options.seed, device=device)
-    trained = []
-    for name, module in sorted(small.model.named_modules()):
-        if isinstance(module, nn.Linear) and ("lora_B" in name or (options.train_a and "lora_A" in name)):
-            module.weight.requires_grad_(True)
-            trained.append(module)
+    small, trained = adapted(proxy, options, device)
     inner = small.model.base_model.model.model
     head = small.model.base_model.model.lm_head.weight.detach()
     head = head.float() if options.float32 else head.bfloat16()
@@ -382,34 +433,39 @@ def per_token(examples, sums: np.ndarray) -> float:
     return round(perplexity_free_loss(value), 4)
 
 
+def restored(options: argparse.Namespace, proxy: Proxy, device: torch.device) -> SmallLM:
+    """The small LM with the adapter that a run of `tune` named `options.adapter` left."""
+    lines = map(json.loads, (options.work / "results.jsonl").read_text(encoding="utf-8").splitlines())
+    chosen = [line for line in lines if line.get("name") == options.adapter][-1]["settings"]
+    small, trained = adapted(proxy, argparse.Namespace(**chosen), device)
+    values = load_file(options.work / f"adapter-{options.adapter}.safetensors")
+    for key, module in enumerate(trained):
+        module.weight.data.copy_(values[str(key)])
+    return small
+
+
+def adapted(proxy: Proxy, options: argparse.Namespace, device: torch.device) -> tuple[SmallLM, list[nn.Linear]]:
+    """A fresh adapter, and its trained linear modules in a fixed order."""
+    modules = MATRICES if options.modules == "all" else tuple(options.modules.split(","))
+    settings = LoraSettings(rank=options.rank, layers=options.layers, modules=modules, directions=options.directions)
+    small = SmallLM(proxy.base, settings, seed=options.seed, device=device)
+    trained = []
+    for name, module in sorted(small.model.named_modules()):
+        if isinstance(module, nn.Linear) and ("lora_B" in name or (options.train_a and "lora_A" in name)):
+            module.weight.requires_grad_(True)
+            trained.append(module)
+    return small, trained
+
+
 def run_decode(options: argparse.Namespace) -> None:
     """Compare rules of decoding on one split, for a tuned adapter."""
     device = torch.device(options.device)
-    line = next(
-        line
-        for line in map(json.loads, (options.work / "results.jsonl").read_text(encoding="utf-8").splitlines())
-        if line.get("name") == options.adapter
-    )
-    chosen = line["settings"]
-    task = Task.load(options.work / f"{options.task}.npz")
     proxy = Proxy.load(options.proxy)
+    task = Task.load(options.work / f"{options.task}.npz")
     examples = task.split(options.split)
     path = scores_path(options, options.task, options.split, proxy.base.token_map)
     found = answers(None, proxy.base.model, examples, proxy.base.token_map, proxy.table, path, device)
-    modules = MATRICES if chosen["modules"] == "all" else tuple(chosen["modules"].split(","))
-    settings = LoraSettings(
-        rank=chosen["rank"], layers=chosen["layers"], modules=modules, directions=chosen["directions"]
-    )
-    small = SmallLM(proxy.base, settings, seed=chosen["seed"], device=device)
-    saved = iter(load_file(options.work / f"adapter-{options.adapter}.safetensors").items())
-    values = dict(sorted(saved, key=lambda item: int(item[0])))
-    targets = [
-        module
-        for name, module in sorted(small.model.named_modules())
-        if isinstance(module, nn.Linear) and ("lora_B" in name or (chosen["train_a"] and "lora_A" in name))
-    ]
-    for module, value in zip(targets, values.values(), strict=True):
-        module.weight.data.copy_(value)
+    small = restored(options, proxy, device)
     after = small_logprobs(small.model, examples, proxy.table, device)
     rules = {f"alpha {a:g}": linear(a) for a in ALPHAS}
     for a in (0.75, 1.0, 1.25):
@@ -422,6 +478,171 @@ def run_decode(options: argparse.Namespace) -> None:
         rules |= {f"alpha {a:g} clipped {b:g}": clipped_shift(a, b) for b in (2.0, 4.0)}
     losses = {name: per_token(examples, value) for name, value in proxied(found, after, rules).items()}
     write(options, "decode", {"losses": losses})
+
+
+def run_calibrate(options: argparse.Namespace) -> None:
+    """Tune the *base* side too: towards what the large model says on the domain's text, then shift by the difference.
+
+    The tuned side is what a model of this size can learn of the domain; the base side should be what a model of this
+    size can learn of the large model *on such text*. As pretrained it is not: part of the shift then teaches the large
+    model what it knows. With text sampled from the (private) tuned model this is post-processing.
+    """
+    device = torch.device(options.device)
+    task = Task.load(options.work / f"{options.task}.npz")
+    proxy = Proxy.load(options.proxy)
+    token_map = proxy.base.token_map
+    if options.text == "choice":
+        examples, path = task.choice, scores_path(options, options.task, "choice", token_map)
+    else:
+        sampled = Task.load(options.work / f"{options.text}.npz")
+        examples, path = sampled.choice, scores_path(options, options.text, "choice", token_map)
+    public = answers(None, proxy.base.model, examples, token_map, proxy.table, path, device)
+    judged = task.evaluation[: options.limit]
+    known = answers(
+        None, proxy.base.model, task.evaluation, token_map, proxy.table,
+        scores_path(options, options.task, "evaluation", token_map), device, options.limit,
+    )  # fmt: skip
+    after = small_logprobs(restored(options, proxy, device).model, judged, proxy.table, device)
+    if options.start == "tuned":
+        small = restored(options, Proxy.load(options.proxy), device)
+        trained = [m for n, m in sorted(small.model.named_modules()) if isinstance(m, nn.Linear) and "lora_B" in n]
+    else:
+        small, trained = adapted(Proxy.load(options.proxy), options, device)
+    inner = small.model.base_model.model.model
+    head = small.model.base_model.model.lm_head.weight.detach().bfloat16()
+    borders = np.concatenate([[0], np.cumsum(judged_tokens(examples))])
+    rng = np.random.default_rng(options.seed)
+    weights = [module.weight for module in trained]
+    steps = options.epochs * -(-len(examples) // 16)
+    optimiser = torch.optim.Adam(weights, lr=options.lr, betas=(0.9, 0.99))
+    curve, step = [], 0
+    for _epoch in range(options.epochs):
+        total = 0.0
+        for chosen in np.array_split(rng.permutation(len(examples)), -(-len(examples) // 16)):
+            wanted = torch.cat([public.large[borders[i] : borders[i + 1]] for i in chosen])
+            loss = divergence(inner, head, collate([examples[i] for i in chosen], proxy.table, device), wanted)
+            loss.backward()
+            for group in optimiser.param_groups:
+                group["lr"] = options.lr * min(1.0, 2 * (steps - step) / steps)
+            optimiser.step()
+            optimiser.zero_grad()
+            total += float(loss) * len(chosen) / len(examples)
+            step += 1
+        curve.append(round(total, 4))
+    base = small_logprobs(small.model, judged, proxy.table, device)
+    result: dict[str, object] = {"kl": curve, "large_base": per_token(judged, known.losses(-known.target))}
+    rules = {str(a): linear(a) for a in (*ALPHAS, 2.0)}
+    for side, answered in (("pretrained base", known), ("calibrated base", known.with_base(base))):
+        result[side] = {k: per_token(judged, v) for k, v in proxied(answered, after, rules).items()}
+    write(options, "calibrate", result)
+
+
+@torch.no_grad()
+def run_sample(options: argparse.Namespace) -> None:
+    """Sample plain texts from the proxied large model. From a private adapter this is post-processing."""
+    device = torch.device(options.device)
+    proxy = Proxy.load(options.proxy)
+    small = restored(options, proxy, device)
+    large = LlamaForCausalLM.from_pretrained(options.large, dtype=torch.float32).to(device).eval()
+    generator = torch.Generator().manual_seed(options.seed)
+    ids = torch.zeros(options.count, 1, dtype=torch.long)
+    caches = [DynamicCache(config=model.config) for model in (large, proxy.base.model, proxy.base.model)]
+    for _ in range(options.tokens):
+        last = ids[:, -1:]
+        said = large(input_ids=last, past_key_values=caches[0]).logits[:, -1].log_softmax(-1)
+        tuned = small.model(input_ids=proxy.table[last], past_key_values=caches[1]).logits[:, -1]
+        with small.model.disable_adapter():
+            base = small.model(input_ids=proxy.table[last], past_key_values=caches[2]).logits[:, -1]
+        mixed = shifted_logprobs(said, base, tuned, proxy.base.token_map, options.alpha)
+        ids = torch.cat([ids, torch.multinomial(mixed.exp(), 1, generator=generator)], dim=1)
+    tokenizer = builtin_tokenizer()
+    # An end of text ends a record.
+    rows = [row[: row.index(0)] if 0 in row else row for row in ids[:, 1:].tolist()]
+    texts = [text for text in (tokenizer.text(row).strip() for row in rows) if text]
+    (options.work / f"sample-{options.adapter}.json").write_text(json.dumps(texts), encoding="utf-8")
+    write(options, "sample", {"texts": len(texts), "first": texts[:3]})
+
+
+@torch.no_grad()
+def run_prefixed(options: argparse.Namespace) -> None:
+    """Let the large model read some texts of the domain before each record, with and without the proxy's shift."""
+    device = torch.device(options.device)
+    tokenizer = builtin_tokenizer()
+    texts = json.loads(options.texts.read_text(encoding="utf-8"))[: options.count]
+    joint = tokenizer.ids(options.joint) or [tokenizer.separator_id]
+    prefix = [tokenizer.separator_id]
+    for text in texts:
+        prefix += [*tokenizer.ids(text)[: CONTEXT - 1], *joint]
+    task = Task.load(options.work / f"{options.task}.npz")
+    proxy = Proxy.load(options.proxy)
+    token_map = proxy.base.token_map
+    examples = task.split(options.split)[: options.limit]
+    plain = answers(
+        None, proxy.base.model, task.split(options.split), token_map, proxy.table,
+        scores_path(options, options.task, options.split, token_map), device, options.limit,
+    )  # fmt: skip
+    stem = f"{options.texts.stem}-{options.count}-{len(joint)}-{options.limit}"
+    path = scores_path(options, f"{options.task}-{stem}", options.split, token_map)
+    large = None if path.exists() else LlamaForCausalLM.from_pretrained(options.large, dtype=torch.float32).eval()
+    classes, target = large_answers(large, examples, token_map, path, device, prefix)  # type: ignore[arg-type]
+    after = small_logprobs(restored(options, proxy, device).model, examples, proxy.table, device)
+    rules = {str(a): linear(a) for a in (0.0, *ALPHAS)}
+    result: dict[str, object] = {"prefix_ids": len(prefix), "records": len(examples)}
+    for side, found in (("plain", plain), ("prefixed", replace(plain, large=classes, target=target))):
+        result[side] = {k: per_token(examples, v) for k, v in proxied(found, after, rules).items()}
+    write(options, "prefixed", result)
+
+
+@torch.no_grad()
+def run_where(options: argparse.Namespace) -> None:
+    """Where the gap lies and where proxy tuning closes it: mean losses by kind of token and by place in the record."""
+    device = torch.device(options.device)
+    proxy = Proxy.load(options.proxy)
+    task = Task.load(options.work / f"{options.task}.npz")
+    examples = task.split(options.split)
+    path = scores_path(options, options.task, options.split, proxy.base.token_map)
+    found = answers(None, proxy.base.model, examples, proxy.base.token_map, proxy.table, path, device)
+    after = small_logprobs(restored(options, proxy, device).model, examples, proxy.table, device)
+    ceiling = ceiling_losses(options, examples, device)
+    shifted = proxied_tokens(found, after, {"": linear(options.alpha)})[""]
+    tokenizer = builtin_tokenizer()
+    texts = [tokenizer.text([int(i)]) for i in found.large_ids]
+    places = np.concatenate([np.arange(n) for n in judged_tokens(examples)])
+    unknown = proxy.base.token_map.unknown_id
+    kinds: dict[str, list[bool]] = {
+        "outside the small vocabulary": [int(c) == unknown for c in found.classes],
+        "newline": [t.strip(" ") == "\n" for t in texts],
+        "punctuation": [bool(t.strip()) and not any(c.isalnum() for c in t) for t in texts],
+        "word, capital": [t.strip()[:1].isupper() for t in texts],
+        "word, opening": [t[:1] == " " and t.strip()[:1].islower() for t in texts],
+        "word, inside": [t[:1].islower() for t in texts],
+    }
+    kinds |= {
+        f"position {a}-{b - 1}": ((places >= a) & (places < b)).tolist()
+        for a, b in ((0, 4), (4, 16), (16, 48), (48, 128))
+    }
+    rows = {}
+    for kind, chosen in kinds.items():
+        mask = torch.tensor(chosen)
+        if mask.any():
+            values = (-found.target, shifted, ceiling)
+            rows[kind] = [round(float(mask.float().mean()), 4), *(round(float(v[mask].mean()), 3) for v in values)]
+    write(options, "where", {"columns": ["share", "large", "proxied", "ceiling"], "rows": rows})
+
+
+def ceiling_losses(options: argparse.Namespace, examples, device: torch.device) -> Tensor:
+    """Token losses of the directly tuned large model, positions in the order of the examples."""
+    base = LlamaForCausalLM.from_pretrained(options.large, dtype=torch.float32).to(device)
+    state = load_file(options.work / f"{options.ceiling}.safetensors")
+    rank = next(value.shape[0] for name, value in state.items() if "lora_A" in name)
+    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(MATRICES)))
+    model.load_state_dict(state, strict=False)
+    table = torch.arange(base.config.vocab_size)
+    parts = []
+    for example in examples:
+        batch = collate([example], table, device)
+        parts.append(judged_losses(model.base_model.model.model, base.lm_head.weight, batch, batch.weights)[1])
+    return torch.cat(parts).cpu()
 
 
 if __name__ == "__main__":

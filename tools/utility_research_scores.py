@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from fedpt_secure.data.examples import Example
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.proxy.arithmetic import restricted_logprobs, spread_token_logprobs
 
 ROWS = 256
-_BASE_ANSWERS: dict[Path, Tensor] = {}
+_BASE_ANSWERS: dict[tuple[Path, int], Tensor] = {}
 """The small base's answers of this process by the file of the large model's; one proxy per process."""
 
 
@@ -40,6 +41,10 @@ class Answers:
     large_ids: Tensor
     record: Tensor
 
+    def with_base(self, base: Tensor) -> Answers:
+        """The same with another small base."""
+        return replace(self, base=base)
+
     def losses(self, values: Tensor) -> np.ndarray:
         """Sums over each record's positions, float64 `[records]`."""
         sums = torch.zeros(int(self.record.max()) + 1, dtype=torch.float64)
@@ -48,17 +53,32 @@ class Answers:
 
 @torch.no_grad()
 def large_answers(
-    model: nn.Module, examples: Sequence[Example], token_map: TokenMap, path: Path, device: torch.device
+    model: nn.Module,
+    examples: Sequence[Example],
+    token_map: TokenMap,
+    path: Path,
+    device: torch.device,
+    prefix: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Score the judged positions of examples under a `LlamaForCausalLM`, in the small classes; cached at `path`."""
+    """Score the judged positions of examples under a `LlamaForCausalLM`, in the small classes; cached at `path`.
+
+    A `prefix` of ids is read before every example, in place of its opening separator unless it ends with one.
+    """
     if path.exists():
         found = load_file(path)
         return found["large"], found["target"]
+    cache = DynamicCache(config=model.config)
+    skipped = 1 if prefix else 0
+    if prefix:
+        model.model(input_ids=torch.tensor([prefix], device=device), past_key_values=cache, use_cache=True)
     classes, target = [], []
     for example in examples:
-        ids = torch.tensor([example.ids[:-1]], device=device)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, example.loss_from - 1 :]
-        logprobs = model.lm_head(hidden).float().log_softmax(-1)
+        # With a prefix, the prediction of the first token stands at the prefix's last position: read that again.
+        ids = torch.tensor([[*prefix[len(prefix) - skipped :], *example.ids[skipped:-1]]], device=device)
+        if surplus := cache.get_seq_length() - (len(prefix) - skipped):
+            cache.crop(-surplus)
+        hidden = model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        logprobs = model.lm_head(hidden[0, example.loss_from - 1 :]).float().log_softmax(-1)
         came = torch.tensor(example.ids[example.loss_from :], device=device)
         classes.append(restricted_logprobs(logprobs, token_map).half().cpu())
         target.append(logprobs.gather(1, came[:, None])[:, 0].cpu())
@@ -86,19 +106,27 @@ def answers(
     table: Tensor,
     path: Path,
     device: torch.device,
+    limit: int = 0,
 ) -> Answers:
-    """Everything but the tuned side; `large` may be None where its answers are cached."""
+    """Everything but the tuned side; `large` may be None where its answers are cached.
+
+    With a `limit`, of so many first examples only.
+    """
     if large is None and not path.exists():
         raise FileNotFoundError(f"{path}: run the subcommand `score` first")
     classes, target = large_answers(large, examples, token_map, path, device)  # type: ignore[arg-type]
-    if path not in _BASE_ANSWERS:
-        _BASE_ANSWERS[path] = small_logprobs(base, examples, table, device)
+    if limit:
+        examples = examples[:limit]
+        positions = sum(len(example.ids) - example.loss_from for example in examples)
+        classes, target = classes[:positions], target[:positions]
+    if (path, limit) not in _BASE_ANSWERS:
+        _BASE_ANSWERS[path, limit] = small_logprobs(base, examples, table, device)
     came = torch.cat([torch.tensor(example.ids[example.loss_from :]) for example in examples])
     counts = torch.tensor([len(example.ids) - example.loss_from for example in examples])
     return Answers(
         large=classes,
         target=target,
-        base=_BASE_ANSWERS[path],
+        base=_BASE_ANSWERS[path, limit],
         classes=table[came],
         large_ids=came,
         record=torch.repeat_interleave(torch.arange(len(examples)), counts),
@@ -167,9 +195,14 @@ def clipped_shift(alpha: float, bound: float) -> Shift:
     return scores
 
 
-@torch.no_grad()
 def proxied(found: Answers, tuned: Tensor, rules: dict[str, Shift]) -> dict[str, np.ndarray]:
-    """Negative log-likelihood per record under each rule, float64 `[records]`.
+    """Negative log-likelihood per record under each rule, float64 `[records]`."""
+    return {name: found.losses(values) for name, values in proxied_tokens(found, tuned, rules).items()}
+
+
+@torch.no_grad()
+def proxied_tokens(found: Answers, tuned: Tensor, rules: dict[str, Shift]) -> dict[str, Tensor]:
+    """Negative log-likelihood per position under each rule, float32 `[positions]`.
 
     Inside a class (the unknown one) tokens keep the large model's proportions.
     """
@@ -182,7 +215,7 @@ def proxied(found: Answers, tuned: Tensor, rules: dict[str, Shift]) -> dict[str,
         for name, rule in rules.items():
             scores = rule(large, base, after)
             totals[name][part] = scores.logsumexp(1) - scores.gather(1, own)[:, 0] - inside
-    return {name: found.losses(values) for name, values in totals.items()}
+    return totals
 
 
 def small_alone(found: Answers, logprobs: Tensor, token_map: TokenMap) -> np.ndarray:

@@ -96,6 +96,39 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient * grad_loss, None, None, None
 
 
+class _FrozenHeadDivergence(torch.autograd.Function):
+    """Mean KL(answers || model) over positions under a frozen head; the gradient is formed with the logits."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, answers):
+        gradient = torch.empty_like(hidden)
+        total = 0.0
+        for begin in range(0, len(hidden), HEAD_CHUNK):
+            part = slice(begin, begin + HEAD_CHUNK)
+            logprobs = (hidden[part].to(head.dtype) @ head.T).float().log_softmax(1)
+            wanted = answers[part].float()
+            shares = wanted.exp()
+            total += float((shares * (wanted - logprobs)).sum())
+            logprobs.exp_().sub_(shares).div_(len(hidden))
+            gradient[part] = (logprobs.to(head.dtype) @ head).to(hidden.dtype)
+        ctx.save_for_backward(gradient)
+        return hidden.new_tensor(total / len(hidden))
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss, None, None
+
+
+def divergence(model: nn.Module, head: Tensor, batch: Batch, answers: Tensor) -> Tensor:
+    """Mean divergence of a model from given log-probabilities `[judged, vocabulary]`; carries the gradient."""
+    device = batch.ids.device.type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=head.dtype == torch.bfloat16):
+        hidden = model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    loss: Tensor = _FrozenHeadDivergence.apply(hidden[batch.judged], head, answers)
+    return loss
+
+
 def judged_losses(model: nn.Module, head: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The weighted sum of token losses (carries the gradient), and the token losses `[judged]`.
 
