@@ -320,7 +320,7 @@ class RunConfig(Settings):
     @property
     def corrupt_clients(self) -> int:
         """How many clients of a round may collude with the server without breaking modes `distributed` and `client`."""
-        return int(self.privacy.corrupt_fraction * self.federation.agreed_cohort)
+        return most_corrupt(self.privacy.corrupt_fraction, self.federation.agreed_cohort)
 
     def to_toml(self) -> str:
         """The whole configuration, defaults included; absent optional settings are left out."""
@@ -368,6 +368,11 @@ def build(settings: type[_SettingsType], values: Mapping[str, Any], *, command: 
         return settings.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_one_line(error), hint=f"`fedpt-secure {command} --help` lists the settings") from None
+
+
+def most_corrupt(fraction: float, cohort: int) -> int:
+    """A fraction of a cohort as a number of clients, rounded up."""
+    return math.ceil(fraction * cohort - 1e-9)  # less what binary fractions are off by: 0.29 of 100 is 29
 
 
 def overlay(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

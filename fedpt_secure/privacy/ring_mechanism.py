@@ -124,7 +124,8 @@ class RingMechanism:
         sigma = self.share_sigma * math.sqrt(self.honest_shares)
         below = self.dimension / (24 * sigma**2)
         root = math.sqrt(self.dimension)
-        norm = sigma * math.sqrt(self.dimension + 2 * root * math.sqrt(_TAIL_EXPONENT) + 2 * _TAIL_EXPONENT) + root / 2
+        norm = sigma * math.sqrt(self.dimension + 2 * root * math.sqrt(_TAIL_EXPONENT) + 2 * _TAIL_EXPONENT)
+        norm += root / 2 + self.sensitivity
         return 1.001 * (below + norm**2 / (8 * sigma**4))
 
     def encode(self, vector: npt.NDArray[np.float64], noise: NoiseSource) -> npt.NDArray[np.unsignedinteger]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from fedpt_secure.config import SMALLEST_DELTA, Settings
+from fedpt_secure.config import SMALLEST_DELTA, Settings, most_corrupt
 from fedpt_secure.crypto import default_threshold
 from fedpt_secure.errors import PrivacyError
 from fedpt_secure.federation.mechanisms import COORDINATE_BOUND
@@ -92,7 +92,7 @@ class PlanConfig(Settings):
     @property
     def tolerated(self) -> int:
         """Most colluding clients of a round."""
-        return int(_TOLERATED_FRACTION * (self.cohort or 0)) if self.corrupt is None else self.corrupt
+        return most_corrupt(_TOLERATED_FRACTION, self.cohort or 0) if self.corrupt is None else self.corrupt
 
     @property
     def honest_survivors(self) -> int:
