@@ -36,6 +36,7 @@ from utility_research_scores import (
     Answers,
     agreement,
     answers,
+    blend,
     clipped_shift,
     confidence,
     large_answers,
@@ -121,6 +122,9 @@ def main() -> None:
     command.add_argument("--records", type=int, default=0, help="train on so many records only; 0 for all")
     command.add_argument("--checks", type=int, default=8, help="looks at the choice slice")
     command.add_argument("--seconds", type=float, default=math.inf, help="wall clock after which the rate decays to 0")
+    command.add_argument("--modules", default="all")
+    command.add_argument("--layers", type=int, default=0, help="last so many; 0 for all")
+    command.add_argument("--choice-only", action="store_true")
     command.set_defaults(run=run_ceiling)
 
     command = commands.add_parser("tune", parents=[shared])
@@ -151,6 +155,7 @@ def main() -> None:
     command.add_argument("--task", required=True)
     command.add_argument("--adapter", required=True, help="name of a run of `tune`")
     command.add_argument("--split", default="choice", choices=SPLITS[1:])
+    command.add_argument("--mixtures", action="store_true", help="these rules only")
     command.set_defaults(run=run_decode)
 
     command = commands.add_parser("where", parents=[shared])
@@ -182,6 +187,7 @@ def main() -> None:
     command.add_argument("--large", type=Path, required=True)
     command.add_argument("--count", type=int, default=16)
     command.add_argument("--tokens", type=int, default=80)
+    command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--alpha", type=float, default=0.75)
     command.set_defaults(run=run_sample)
 
@@ -258,13 +264,23 @@ def run_score(options: argparse.Namespace) -> None:
 
 
 def run_ceiling(options: argparse.Namespace) -> None:
-    """Tune the large model itself: LoRA on all matrices, AdamW, the checkpoint chosen on the choice slice."""
+    """Tune the large model itself: LoRA (A and B), AdamW, the checkpoint chosen on the choice slice.
+
+    On the last layers alone it says what such an adapter could do on a perfect proxy.
+    """
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
     task = Task.load(options.work / f"{options.task}.npz")
     base = LlamaForCausalLM.from_pretrained(options.large, dtype=torch.bfloat16).to(device)
     head = base.lm_head.weight.detach()
-    config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=list(MATRICES), lora_dropout=0.0)
+    depth = base.config.num_hidden_layers
+    modules = MATRICES if options.modules == "all" else options.modules.split(",")
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=2 * options.rank,
+        target_modules=list(modules),
+        layers_to_transform=list(range(depth - options.layers, depth)) if options.layers else None,
+    )
     model = get_peft_model(base, config)
     inner = model.base_model.model.model
     table = torch.arange(base.config.vocab_size)
@@ -308,12 +324,16 @@ def run_ceiling(options: argparse.Namespace) -> None:
         if late:
             break
     model.load_state_dict(best_state, strict=False)
-    records = large_losses(inner, head, task.evaluation, table, device)
-    name = f"ceiling-{options.task}-{options.rate:g}-{options.records}-{options.epochs:g}-{options.seed}"
+    name = "-".join(
+        map(str, ("ceiling", options.task, options.rate, options.records, options.epochs, options.layers, options.seed))
+    )
     save_file(best_state, options.work / f"{name}.safetensors")
-    np.save(options.work / f"{name}.npy", records)
-    loss = float(records.sum() / judged_tokens(task.evaluation).sum())
-    write(options, "ceiling", {"name": name, "evaluation": round(loss, 4), "choice": round(best, 4), "curve": curve})
+    result: dict[str, object] = {"name": name, "choice": round(best, 4), "curve": curve}
+    if not options.choice_only:
+        records = large_losses(inner, head, task.evaluation, table, device)
+        np.save(options.work / f"{name}.npy", records)
+        result["evaluation"] = per_token(task.evaluation, records)
+    write(options, "ceiling", result)
 
 
 def planned_batches(
@@ -468,10 +488,12 @@ def run_decode(options: argparse.Namespace) -> None:
     small = restored(options, proxy, device)
     after = small_logprobs(small.model, examples, proxy.table, device)
     rules = {f"alpha {a:g}": linear(a) for a in ALPHAS}
-    for a in (0.75, 1.0, 1.25):
+    for a in (0.25, 0.5, 0.75, 1.0):
+        rules |= {f"alpha {a:g} mixture {w:g}": mixture(a, w) for w in (0.6, 0.7, 0.8, 0.9)}
+        rules |= {f"alpha {a:g} blend {w:g}": blend(a, w) for w in (0.1, 0.2)}
+    for a in () if options.mixtures else (0.5, 0.75, 1.0):
         rules |= {f"alpha {a:g} temperature {t:g}": linear(a, temperature=t) for t in (0.9, 1.1)}
         rules |= {f"alpha {a:g} base {b:g}": linear(a, base_weight=b * a) for b in (0.8, 0.9)}
-        rules |= {f"alpha {a:g} mixture {w:g}": mixture(a, w) for w in (0.7, 0.85)}
         rules |= {f"alpha {a:g} agreement {s:g}": agreement(a, s) for s in (0.1, 0.3)}
         rules |= {f"alpha {a:g} confidence {s:g}": confidence(a, s) for s in (-0.1, 0.1)}
         rules |= {f"alpha {a:g} top {k}": top_k(a, k) for k in (100, 1000)}
@@ -554,13 +576,22 @@ def run_sample(options: argparse.Namespace) -> None:
         with small.model.disable_adapter():
             base = small.model(input_ids=proxy.table[last], past_key_values=caches[2]).logits[:, -1]
         mixed = shifted_logprobs(said, base, tuned, proxy.base.token_map, options.alpha)
-        ids = torch.cat([ids, torch.multinomial(mixed.exp(), 1, generator=generator)], dim=1)
+        ids = torch.cat([ids, torch.multinomial(nucleus(mixed.exp(), options.top_p), 1, generator=generator)], dim=1)
     tokenizer = builtin_tokenizer()
     # An end of text ends a record.
     rows = [row[: row.index(0)] if 0 in row else row for row in ids[:, 1:].tolist()]
     texts = [text for text in (tokenizer.text(row).strip() for row in rows) if text]
-    (options.work / f"sample-{options.adapter}.json").write_text(json.dumps(texts), encoding="utf-8")
+    (options.work / f"sample-{options.adapter}-{options.alpha:g}-{options.top_p:g}.json").write_text(
+        json.dumps(texts), encoding="utf-8"
+    )
     write(options, "sample", {"texts": len(texts), "first": texts[:3]})
+
+
+def nucleus(shares: Tensor, top_p: float) -> Tensor:
+    """Probabilities with the least likely tokens, `1 - top_p` of the mass at most, set to 0."""
+    ranked, order = shares.sort(dim=-1, descending=True)
+    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0
+    return torch.zeros_like(shares).scatter_(-1, order, ranked)
 
 
 @torch.no_grad()
@@ -587,6 +618,7 @@ def run_prefixed(options: argparse.Namespace) -> None:
     classes, target = large_answers(large, examples, token_map, path, device, prefix)  # type: ignore[arg-type]
     after = small_logprobs(restored(options, proxy, device).model, examples, proxy.table, device)
     rules = {str(a): linear(a) for a in (0.0, *ALPHAS)}
+    rules |= {f"{a:g} mixture {w:g}": mixture(a, w) for a in (0.0, 0.25, 0.5) for w in (0.7, 0.8, 0.9)}
     result: dict[str, object] = {"prefix_ids": len(prefix), "records": len(examples)}
     for side, found in (("plain", plain), ("prefixed", replace(plain, large=classes, target=target))):
         result[side] = {k: per_token(examples, v) for k, v in proxied(found, after, rules).items()}
@@ -637,6 +669,7 @@ def ceiling_losses(options: argparse.Namespace, examples, device: torch.device) 
     rank = next(value.shape[0] for name, value in state.items() if "lora_A" in name)
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(MATRICES)))
     model.load_state_dict(state, strict=False)
+    model.eval()
     table = torch.arange(base.config.vocab_size)
     parts = []
     for example in examples:

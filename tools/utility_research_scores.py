@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,6 +153,16 @@ def mixture(alpha: float, large_weight: float) -> Shift:
 
     def scores(large: Tensor, base: Tensor, tuned: Tensor) -> Tensor:
         return large_weight * large + (1 - large_weight) * tuned + alpha * (tuned - base)
+
+    return scores
+
+
+def blend(alpha: float, share: float) -> Shift:
+    """`share` of the probability from the tuned small LM itself, the rest from the proxied large model."""
+
+    def scores(large: Tensor, base: Tensor, tuned: Tensor) -> Tensor:
+        shifted = (large + alpha * (tuned - base)).log_softmax(-1)
+        return torch.logaddexp(shifted + math.log1p(-share), tuned.log_softmax(-1) + math.log(share))
 
     return scores
 
