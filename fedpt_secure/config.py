@@ -130,14 +130,14 @@ class PrivacyConfig(Settings):
     """`local`: a record is protected, and each client's own noise suffices (no trust in anybody). `distributed`: a
     record is protected, by the noise of all honest survivors together. `client`: so is a whole client."""
     epsilon: Annotated[float, Field(gt=0)] = 4.0
-    """The promise over the whole run, per example; `inf` trains without privacy."""
+    """The promise over the whole run, for a record, or in mode `client` for a client; `inf` trains without privacy."""
     budget_epsilon: Annotated[float, Field(gt=0)] | None = None
     """What a simulated client's owner allows over all runs, where it has no ledger yet; default: `epsilon`. A ledger
     that is there keeps its own budget."""
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
     """Chance with which the promise may fail; at least `SMALLEST_DELTA`."""
     clip_norm: Positive = 0.1
-    """L2 norm each example's gradient is clipped to."""
+    """L2 norm each record's gradient, or in mode `client` the whole update, is clipped to."""
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Public probability with which a client's record takes part in a step (Poisson sampling); 1 takes all, which
     gives small clients the most signal for their noise (docs/privacy.md). In mode `client`: with which a client of the
@@ -276,7 +276,7 @@ class RunConfig(Settings):
     seed: Seed = 0
     """Fixes the data split, the cohorts and the public LoRA matrices; never keys, masks or noise."""
     insecure_deterministic: bool = False
-    """Keys, masks and noise from the seed too, for debugging. Marks every artefact as not private."""
+    """Noise, sampling and rounding from the seed too, for debugging. Marks every artefact as not private."""
     data: DataConfig = DataConfig()
     models: ModelConfig = ModelConfig()
     lora: LoraSettings = LoraSettings()
@@ -368,6 +368,11 @@ def build(settings: type[_SettingsType], values: Mapping[str, Any], *, command: 
         return settings.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_one_line(error), hint=f"`fedpt-secure {command} --help` lists the settings") from None
+
+
+def withstood(cohort: int) -> int:
+    """Most colluding clients with which a malicious server still gets one sum a round (docs/protocol.md)."""
+    return 2 * default_threshold(cohort) - cohort - 1
 
 
 def most_corrupt(fraction: float, cohort: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedpt_secure.config import FederationConfig, RunConfig
+from fedpt_secure.config import FederationConfig, RunConfig, withstood
 from fedpt_secure.crypto import (
     ClientPolicy,
     Identity,
@@ -44,12 +44,14 @@ class ClientTerms:
         config: the run's configuration.
         config_digest: SHA-256 of it.
         mechanism: with noise calibrated to the budget over all rounds the client may be in.
+        schedule: who takes part in which round; public, fixed before the first one. The server does not choose.
     """
 
     run_id: bytes
     config: RunConfig
     config_digest: bytes
     mechanism: RoundMechanism
+    schedule: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +120,18 @@ class ClientWorker:
         self._check_clip_norm(announcement.clip_norm)
         if not 0 <= announcement.round_index < federation.rounds:
             raise RoundError(f"round {announcement.round_index} is not one of the {federation.rounds} agreed rounds")
+        self._check_cohort(announcement)
         vector = announcement.adapter_vector()
         if vector.shape != (small.dimension,):
             raise RoundError(f"announced adapter has {vector.size} entries, the agreed one has {small.dimension}")
         if not (np.isfinite(vector).all() and np.abs(vector).max() <= LARGEST_ADAPTER_ENTRY):
             raise RoundError(f"announced adapter holds entries that are not finite or above {LARGEST_ADAPTER_ENTRY:g}")
         if self._ledger.pending(terms.run_id.hex(), announcement.round_index) is None:
-            self._ledger.check(terms.mechanism.cost, mode=terms.config.privacy.mode)
+            self._ledger.check(
+                terms.mechanism.cost,
+                mode=terms.config.privacy.mode,
+                noise_is_private=not terms.config.insecure_deterministic,
+            )
         with as_round_error(f"client {self.client_id}"):
             context = RoundContext(
                 run_id=announcement.run_id,
@@ -202,6 +209,20 @@ class ClientWorker:
             raise RoundError(f"client {self.client_id} is in no round")
         return self._announcement
 
+    def _check_cohort(self, announcement: Announcement) -> None:
+        """The noise was calibrated for the agreed cohorts, thresholds and floors: refuse all others."""
+        federation = self._terms.config.federation
+        if announcement.cohort != self._terms.schedule[announcement.round_index]:
+            raise RoundError(
+                f"the server announced another cohort than the agreed one for round {announcement.round_index}"
+            )
+        agreed = (default_threshold(federation.agreed_cohort), federation.agreed_survivors)
+        if (announcement.threshold, announcement.minimum_survivors) != agreed:
+            raise RoundError(
+                f"the server wants threshold {announcement.threshold} and {announcement.minimum_survivors} survivors, "
+                f"agreed were {agreed[0]} and {agreed[1]}"
+            )
+
     def _check_clip_norm(self, clip_norm: float) -> None:
         agreed, quantile = self._terms.config.privacy.clip_norm, quantile_clipping(self._terms.config)
         smallest, largest = (agreed, agreed) if quantile is None else (quantile.smallest, quantile.largest)
@@ -258,5 +279,5 @@ def _policy(federation: FederationConfig) -> ClientPolicy:
         minimum_cohort=federation.agreed_cohort,
         minimum_threshold=threshold,
         minimum_survivors=federation.agreed_survivors,
-        tolerated_corruptions=(federation.agreed_cohort - 1) // 3,
+        tolerated_corruptions=withstood(federation.agreed_cohort),
     )

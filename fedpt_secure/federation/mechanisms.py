@@ -5,6 +5,7 @@ Both sides build the same mechanism from the configuration and the population's 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedpt_secure.config import RunConfig
+from fedpt_secure.config import RunConfig, withstood
 from fedpt_secure.crypto import FixedPointEncoding, RandomBytes
 from fedpt_secure.errors import PrivacyError
 from fedpt_secure.lm.small import SmallLM
@@ -199,9 +200,16 @@ def honest_survivors(config: RunConfig) -> int:
     """Survivors of any opened round who certainly do not collude: the fewest survivors less the most colluders.
 
     Raises:
-        PrivacyError: there need not be any.
+        PrivacyError: there need not be any, or secure aggregation does not withstand so many colluders.
     """
     federation = config.federation
+    if config.corrupt_clients > (most := withstood(federation.agreed_cohort)):
+        raise PrivacyError(
+            f"{config.corrupt_clients} of {federation.agreed_cohort} clients may collude with the server, but against "
+            f"a malicious one secure aggregation withstands {most}: with more, two sums can be opened whose difference "
+            "has next to no noise",
+            hint=f"--corrupt-fraction {math.floor(100 * most / federation.agreed_cohort) / 100:g} or less",
+        )
     honest = federation.agreed_survivors - config.corrupt_clients
     if honest < 1:
         raise PrivacyError(

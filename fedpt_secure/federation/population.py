@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedpt_secure.config import RunConfig
@@ -87,7 +88,7 @@ def build_population(
     text: FederatedText,
     examples: Mapping[str, Sequence[SmallExample]],
     *,
-    scheduled: Collection[str],
+    schedule: tuple[tuple[str, ...], ...],
     run_id: bytes,
     mechanism: RoundMechanism,
     directory: RunDirectory,
@@ -96,17 +97,18 @@ def build_population(
     """Give every client that will be asked its identity, ledger and noise source.
 
     Args:
-        scheduled: the clients in some round's cohort.
+        schedule: the cohorts of all rounds.
         new: the run has no checkpoint yet, so ledgers may be begun; later a missing one is an error.
 
     Raises:
         LedgerError: a client's ledger is missing or damaged, or lies among ledgers of other records.
     """
-    terms = ClientTerms(run_id, config, config_digest(config), mechanism)
-    identities = {client: Identity.generate() for client in scheduled}
+    terms = ClientTerms(run_id, config, config_digest(config), mechanism, schedule)
+    identities = {client: Identity.generate() for client in set().union(*schedule)}
     privacy = config.privacy
     # Only where there is no ledger yet: one that is there has its owner's budget.
-    first_budget = Budget(privacy.budget_epsilon or privacy.epsilon, privacy.delta, UNITS[privacy.mode])
+    promised = math.inf if config.insecure_deterministic else privacy.epsilon
+    first_budget = Budget(privacy.budget_epsilon or promised, privacy.delta, UNITS[privacy.mode])
     places = ledger_directories(config, text, directory, new=new)
 
     def ledger(client_id: str) -> Ledger:

@@ -28,6 +28,7 @@ from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.federation.setup import RunModels, load_models
 from fedpt_secure.federation.state import RunState, restore, save
 from fedpt_secure.privacy import (
+    GaussianSteps,
     PrivacyStatement,
     SmallExample,
     local_statement,
@@ -97,12 +98,14 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
         config,
         text,
         train,
-        scheduled=set().union(*schedule),
+        schedule=schedule,
         run_id=state.run_id,
         mechanism=mechanism,
         directory=directory,
         new=state.new,
     )
+    if isinstance(mechanism, RingNoiseMechanism):
+        _require_counted_as(mechanism.cost, population)
     if state.new:
         directory.save_config(config)
         save(directory, state, config, text, small)
@@ -242,6 +245,22 @@ def _encode(
 def _sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     chosen = simulation_rng("evaluation sample", seed).permutation(len(examples))[:count]
     return [examples[index] for index in sorted(chosen)]
+
+
+def _require_counted_as(cost: GaussianSteps, population: Population) -> None:
+    """Refuse to go on where rounds so far had other noise than this program would give them.
+
+    Raises:
+        LedgerError: a client's ledger counts another cost, as after an update that calibrates otherwise.
+    """
+    for client, worker in population.workers.items():
+        for release in worker.releases:
+            if release.spent != cost:
+                raise LedgerError(
+                    f"the ledger of client {client} counts {release.spent} for round {release.round_index}, where this "
+                    f"program would count {cost}",
+                    hint="go on with the version that began the run, or start a new run",
+                )
 
 
 def _statement(config: RunConfig, population: Population, transcripts: Sequence[Mapping[str, Any]]) -> PrivacyStatement:

@@ -194,7 +194,8 @@ def round_up(epsilon: float, digits: int = 3) -> float:
         return epsilon
     units = math.ceil(epsilon * scale)
     # The product may have been rounded down to a whole number.
-    return units / scale if units / scale >= epsilon else (units + 1) / scale
+    rounded = units / scale if units / scale >= epsilon else (units + 1) / scale
+    return max(rounded, epsilon)  # where doubles are further apart than the digits
 
 
 def check_delta(delta: float) -> None:

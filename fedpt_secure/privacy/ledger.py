@@ -165,15 +165,16 @@ class Ledger:
             )
         return np.frombuffer(row[0], dtype="<f8").astype(np.float64)
 
-    def check(self, request: GaussianSteps, *, mode: Mode) -> None:
-        """Decline work that would pass the budget.
+    def check(self, request: GaussianSteps, *, mode: Mode, noise_is_private: bool) -> None:
+        """Decline work that would pass the budget. Noise that others can recompute counts as none.
 
         Raises:
             BudgetExceeded: with the epsilon that would be reached and the budget.
             UnitNotCovered: the budget is for the whole client, the work protects single records.
         """
         with self._file.transaction() as connection:
-            _check(connection, charge(request, mode, _budgets(connection)[-1].unit))
+            charged = charge(_protecting(request, noise_is_private), mode, _budgets(connection)[-1].unit)
+            _check(connection, charged)
 
     def release(
         self,
@@ -217,7 +218,8 @@ class Ledger:
             self._file.sync_names()
             self._names_are_durable = True
         with self._file.transaction() as connection:
-            _check(connection, charge(spent, mode, _budgets(connection)[-1].unit))
+            charged = charge(_protecting(spent, noise_is_private), mode, _budgets(connection)[-1].unit)
+            _check(connection, charged)
             append(
                 connection,
                 "releases",
@@ -285,9 +287,15 @@ def _check(connection: sqlite3.Connection, charged: GaussianSteps) -> None:
 
 def _history(connection: sqlite3.Connection, unit: Unit) -> tuple[GaussianSteps, ...]:
     rows = connection.execute(
-        "SELECT noise_multiplier, sampling_rate, mode, sum(steps) FROM releases GROUP BY 1, 2, 3"
+        "SELECT noise_multiplier, sampling_rate, mode, noise_is_private, sum(steps) FROM releases GROUP BY 1, 2, 3, 4"
     ).fetchall()
-    return merge(tuple(charge(GaussianSteps(row[0], row[1], row[3]), row[2], unit) for row in rows))
+    counted = ((_protecting(GaussianSteps(row[0], row[1], row[4]), bool(row[3])), row[2]) for row in rows)
+    return merge(tuple(charge(spent, mode, unit) for spent, mode in counted))
+
+
+def _protecting(spent: GaussianSteps, noise_is_private: bool) -> GaussianSteps:
+    """What a release cost: noise from a seed protects nothing."""
+    return spent if noise_is_private else replace(spent, noise_multiplier=0.0)
 
 
 def _budgets(connection: sqlite3.Connection) -> tuple[Budget, ...]:

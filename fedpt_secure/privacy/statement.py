@@ -16,6 +16,13 @@ SCHEMA = "fedpt-secure/privacy/2"
 Adversary = Literal["outsider", "server", "server_with_clients", "malicious_server_with_clients"]
 ANY_NUMBER = "any number"
 _OUTSIDER = "whoever holds the released adapter, or queries the proxy-tuned model"
+_NOT_ADAPTIVE = (
+    "who takes part, who drops out, and what later work is asked for, do not depend on what was released before"
+)
+_BESIDE = (
+    "the run's own files beside the adapter: record counts, a digest of the text and times in summary.json and "
+    "transcript.jsonl are exact"
+)
 _SERVER = "the server, honest but curious, which sees every message"
 
 
@@ -131,11 +138,13 @@ def local_statement(
             "the client's own device, code and random generator are honest",
             *(("nobody learns which records a step sampled",) if rate < 1 else ()),
             "which clients take part, and the prepared sets' boundaries, are not secret",
+            _NOT_ADAPTIVE,
             "noise drawn, added and kept in double precision stands for real numbers",
         ),
         not_covered=(
             "one person's records in several conversations together: k records cost about k times epsilon",
             "the held-out figures of a report, which are averages over private records that were never trained on",
+            _BESIDE,
             "what the same data is used for elsewhere; the client's ledger counts only what it sees",
         ),
         private=private,
@@ -175,7 +184,8 @@ def ring_statement(
 
     def spent(shares: Mapping[int, int]) -> tuple[float, tuple[GaussianSteps, ...]]:
         histories = {history(counted, shares) for counted in rounds.values()}
-        return max(((epsilon_spent(item, delta=delta), item) for item in histories), default=(0.0, ()))
+        costs = ((epsilon_spent(item, delta=delta), item) for item in histories)
+        return max(costs, key=lambda cost: cost[0], default=(0.0, ()))
 
     # A malicious server may have opened sums over as few survivors as the clients let it, whatever it says.
     epsilon, worst = spent({})
@@ -236,6 +246,7 @@ def ring_statement(
             "secure aggregation holds: its roster, thresholds and primitives (SECURITY.md)",
             *(("nobody learns who or what a round sampled",) if rate < 1 else ()),
             "which clients take part is not secret",
+            _NOT_ADAPTIVE,
             "a clipped gradient's floating-point error is below one part in a thousand of the clip norm",
         ),
         not_covered=(
@@ -246,6 +257,7 @@ def ring_statement(
                 else ("one person's records in several conversations together: k records cost about k times epsilon",)
             ),
             "the held-out figures of a report, which are averages over private records that were never trained on",
+            _BESIDE,
             "what the same data is used for elsewhere; the client's ledger counts only what it sees",
         ),
         private=private,

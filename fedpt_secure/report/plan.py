@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from fedpt_secure.config import SMALLEST_DELTA, Settings, most_corrupt
+from fedpt_secure.config import SMALLEST_DELTA, PrivacyConfig, Settings, most_corrupt, withstood
 from fedpt_secure.crypto import default_threshold
 from fedpt_secure.errors import PrivacyError
 from fedpt_secure.federation.mechanisms import COORDINATE_BOUND
@@ -27,7 +27,7 @@ TABLE_EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Rows of every table, beside the one that was asked for."""
 CURVE_POINTS = 13
 _CURVE_DISCRETISATION = 1e-3
-_TOLERATED_FRACTION = 0.1  # of a cohort, as `PrivacyConfig.corrupt_fraction`
+_TOLERATED_FRACTION: float = PrivacyConfig.model_fields["corrupt_fraction"].default
 _CLIP_NORM_IN_WORDS = "the clip norm"
 
 
@@ -159,6 +159,12 @@ def plan_privacy(config: PlanConfig) -> Plan:
             f"delta {config.delta:g} is not below 1/{units}, one over {what[config.mode]}: such a promise allows "
             "publishing one outright",
             hint=f"--delta {0.1 / units:.1g}",
+        )
+    if config.mode != "local" and config.tolerated > (most := withstood(config.cohort or 0)):
+        raise PrivacyError(
+            f"{config.tolerated} of {config.cohort} clients may collude with the server, but against a malicious one "
+            f"secure aggregation withstands {most}",
+            hint=f"--corrupt {most} or less",
         )
     if config.mode != "local" and config.honest_survivors < 1:
         raise PrivacyError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import numpy as np
 import pytest
@@ -60,7 +62,7 @@ def federation(tmp_path, small):
     """Workers and roster of five clients; their ledgers lie in `tmp_path`."""
     identities = {client: Identity.generate() for client in IDS}
     roster = Roster({client: identity.verify_key_bytes for client, identity in identities.items()})
-    terms = ClientTerms(RUN_ID, CONFIG, config_digest(CONFIG), mechanism_for(small))
+    terms = ClientTerms(RUN_ID, CONFIG, config_digest(CONFIG), mechanism_for(small), (IDS, IDS))
     workers = {
         client: ClientWorker(
             client,
@@ -68,7 +70,7 @@ def federation(tmp_path, small):
             terms=terms,
             identity=identities[client],
             roster=roster,
-            ledger=Ledger.create(tmp_path / str(index), budget=Budget(4.0, 1e-5)),
+            ledger=Ledger.create(tmp_path / str(index), budget=Budget(math.inf, 1e-5)),
             randomness=client_randomness(CONFIG, client),
         )
         for index, client in enumerate(IDS)
@@ -210,6 +212,7 @@ def test_a_client_over_its_budget_declines_before_training(federation, small, tm
     workers, roster = federation
     for index in range(5):
         book = Ledger(tmp_path / str(index))
+        book.set_budget(Budget(4.0, 1e-5))
         book.release("elsewhere", 0, GaussianSteps(1.1, 1.0, 1), np.zeros(1), mode="local", noise_is_private=True)
     monkeypatch.setattr(
         "fedpt_secure.federation.mechanisms.train_locally", lambda *args, **kwargs: pytest.fail("trained all the same")
@@ -220,6 +223,30 @@ def test_a_client_over_its_budget_declines_before_training(federation, small, tm
     assert set(transcript.dropped.values()) == {"advertise: declined (budget)"}
     assert transcript.declined == dict.fromkeys(IDS, "budget")
     assert transcript.aborted.endswith("; of 5 clients 5 declined: 5 for budget")
+
+
+def test_a_finite_budget_allows_no_noise_from_a_seed(federation, small, tmp_path):
+    """The fixture's noise comes from a seed: whoever knows it can take it off again."""
+    workers, roster = federation
+    Ledger(tmp_path / "0").set_budget(Budget(1000.0, 1e-5))
+    _, transcript = run_round(server_for(roster, small), workers, small, dropouts={}, progress=SILENT)
+    assert transcript.declined == {IDS[0]: "budget"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cohort": (*IDS, "client 5")}, "another cohort"),
+        ({"cohort": IDS[:4]}, "another cohort"),
+        ({"threshold": 5}, "agreed were 4 and 4"),
+        ({"minimum_survivors": 3}, "agreed were 4 and 4"),
+    ],
+)
+def test_the_server_does_not_choose_cohort_threshold_or_survivors(federation, small, changes, message):
+    """The noise of modes whose noise is born in pieces was calibrated for the agreed ones."""
+    workers, roster = federation
+    with pytest.raises(RoundError, match=message):
+        workers[IDS[0]].announce(altered(server_for(roster, small).announcement, **changes), small)
 
 
 def test_a_simulated_disk_failure_stops_the_run_instead_of_looking_like_a_dropout(federation, small, tmp_path):

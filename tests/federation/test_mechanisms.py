@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedpt_secure.config import RunConfig, build
-from fedpt_secure.crypto import Identity, Roster
+from fedpt_secure.config import RunConfig, build, withstood
+from fedpt_secure.crypto import Identity, Roster, default_threshold
 from fedpt_secure.errors import ConfigError, FedptError, PrivacyError, RoundError
 from fedpt_secure.federation import ClientTerms, ClientWorker
 from fedpt_secure.federation.announcement import Announcement
@@ -232,7 +232,7 @@ def federation(config, small, tmp_path, *, noise_multiplier=2.0):
         client: ClientWorker(
             client,
             records,
-            terms=ClientTerms(RUN_ID, config, config_digest(config), mechanism),
+            terms=ClientTerms(RUN_ID, config, config_digest(config), mechanism, (IDS,) * config.federation.rounds),
             identity=identities[client],
             roster=roster,
             ledger=Ledger.create(tmp_path / client, budget=Budget(math.inf, 1e-5, unit)),
@@ -360,10 +360,28 @@ def test_a_corrupt_fraction_out_of_range_is_refused(fraction):
 
 @pytest.mark.parametrize("mode", ["distributed", "client"])
 def test_colluders_that_leave_no_honest_survivor_are_refused_with_a_hint(mode, small):
-    config = config_of(mode, privacy={"corrupt_fraction": 0.45}, federation={"minimum_survivors": 2})
+    config = config_of(mode, privacy={"corrupt_fraction": 0.4}, federation={"minimum_survivors": 2})
     with pytest.raises(PrivacyError, match="nobody whose noise counts") as caught:
         mechanism_of(config, small, 1.0)
     assert "--corrupt-fraction" in caught.value.hint
+
+
+@pytest.mark.parametrize("mode", ["distributed", "client"])
+def test_more_colluders_than_secure_aggregation_withstands_are_refused(mode, small):
+    """Of five clients, two: with three, a malicious server opens two sums whose difference has next to no noise."""
+    assert withstood(5) == 2
+    mechanism_of(config_of(mode, privacy={"corrupt_fraction": 0.4}), small, 1.0)
+    with pytest.raises(PrivacyError, match="withstands 2") as caught:
+        mechanism_of(config_of(mode, privacy={"corrupt_fraction": 0.41}), small, 1.0)
+    assert "--corrupt-fraction 0.4" in caught.value.hint
+
+
+@pytest.mark.parametrize("cohort", range(3, 200))
+def test_what_is_withstood_is_what_the_clients_policy_demands(cohort):
+    """2t > n + colluders, with the threshold that rounds use."""
+    threshold = default_threshold(cohort)
+    assert 2 * threshold > cohort + withstood(cohort)
+    assert not 2 * threshold > cohort + withstood(cohort) + 1
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_work_past_the_budget_is_declined_and_not_counted(tmp_path):
     book = ledger(tmp_path, epsilon=ONCE * 1.01)
     book.release("run", 0, STEP, UPDATE)
     with pytest.raises(BudgetExceeded, match="budget is"):
-        book.check(STEP, mode="local")
+        book.check(STEP, mode="local", noise_is_private=True)
     with pytest.raises(BudgetExceeded):
         book.release("run", 1, STEP, UPDATE)
     assert book.history() == (STEP,)
@@ -148,7 +148,7 @@ def test_a_budget_for_the_whole_client_declines_record_level_work(tmp_path):
         book.release("run", 0, STEP, UPDATE)
     assert caught.value.decline_code == "unit"
     with pytest.raises(UnitNotCovered):
-        book.check(STEP, mode="distributed")
+        book.check(STEP, mode="distributed", noise_is_private=True)
     book.release("run", 0, STEP, None, mode="client")
     assert book.history() == (STEP,)
 
@@ -160,7 +160,7 @@ def test_sampling_clients_amplifies_a_clients_promise_and_not_its_records():
 
 
 def test_each_release_remembers_its_mode_and_whether_its_noise_was_secret(tmp_path):
-    book = ledger(tmp_path, epsilon=50.0)
+    book = ledger(tmp_path, epsilon=math.inf)
     book.release("run", 0, STEP, UPDATE)
     book.release("run", 1, STEP, UPDATE, noise_is_private=False)
     book.release("run", 2, STEP, None, mode="distributed")
@@ -180,6 +180,18 @@ def test_every_budget_stays_visible_and_the_last_one_counts(tmp_path):
     assert [(budget.epsilon, budget.set_by) for budget in book.budgets()] == [(4.0, ""), (2.0, "ward 3"), (3.0, "")]
     assert all(budget.set_at.endswith("+00:00") for budget in book.budgets())
     assert book.budget.epsilon == 3.0
+
+
+def test_noise_from_a_seed_is_charged_as_no_noise(tmp_path):
+    strict = ledger(tmp_path / "strict", epsilon=1000.0)
+    with pytest.raises(BudgetExceeded):
+        strict.check(STEP, mode="local", noise_is_private=False)
+    with pytest.raises(BudgetExceeded):
+        strict.release("run", 0, STEP, UPDATE, noise_is_private=False)
+    assert strict.spent() == 0.0
+    free = ledger(tmp_path / "free", epsilon=math.inf)
+    free.release("run", 0, STEP, UPDATE, noise_is_private=False)
+    assert math.isinf(free.spent())
 
 
 @pytest.mark.parametrize("more", [Budget(4.1, 1e-5), Budget(4.0, 1e-4), Budget(math.inf, 1e-6)])
@@ -203,7 +215,7 @@ def test_a_budget_below_what_is_spent_stops_further_work(tmp_path):
     book.release("run", 0, STEP, UPDATE)
     assert book.set_budget(Budget(0.1, 1e-5)) == ONCE
     with pytest.raises(BudgetExceeded):
-        book.check(GaussianSteps(1000.0, 1.0, 1), mode="local")
+        book.check(GaussianSteps(1000.0, 1.0, 1), mode="local", noise_is_private=True)
 
 
 def test_a_budget_for_the_client_cannot_follow_record_level_releases(tmp_path):
@@ -299,7 +311,7 @@ def test_a_ledger_cut_short_anywhere_is_an_error(tmp_path):
     ],
 )
 def test_a_row_changed_by_hand_is_an_error_for_old_and_new_readers(tmp_path, edit):
-    book = ledger(tmp_path)
+    book = ledger(tmp_path, epsilon=math.inf)
     book.begin_session("run", 0, 0)
     book.release("run", 0, STEP, UPDATE)
     book.release("run", 1, STEP, UPDATE, noise_is_private=False)

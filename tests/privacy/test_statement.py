@@ -89,6 +89,15 @@ def by_adversary(made):
     return {(item.adversary, item.colluding_clients): item.epsilon for item in made.guarantees}
 
 
+@pytest.mark.parametrize("counts", [(1, 2), (1, 2, 3)])
+def test_clients_that_cost_the_same_are_no_trouble(counts):
+    """Without noise every history costs infinity, however long it is."""
+    silent = replace(RING, share_sigma=0)
+    made = ring({str(count): list(range(count)) for count in counts}, {0: 9}, mechanism=silent)
+    assert made.epsilon is None
+    assert not made.private
+
+
 def test_there_is_one_guarantee_for_each_adversary_and_the_headline_is_the_largest():
     made = ring({"a": [0, 1], "b": [0]}, {0: 9, 1: 7})
     assert list(by_adversary(made)) == [

@@ -50,9 +50,10 @@ def test_every_number_says_what_it_means(tmp_path):
 
 
 def test_a_release_with_noise_from_a_seed_promises_nothing_and_leaves_nothing(tmp_path):
-    book = ledger(tmp_path)
+    book = ledger(tmp_path, epsilon=math.inf)
     release(book, "a", 0)
     release(book, "b", 0, private=False)
+    book.set_budget(Budget(4.0, 1e-5))
     summary = summarise_ledger(tmp_path)
     assert (summary.epsilon, summary.left) == (None, 0.0)
     assert [run.epsilon is None for run in summary.runs] == [False, True]

@@ -173,3 +173,10 @@ def test_a_plot_without_a_promise_or_format_is_refused(tmp_path):
     with pytest.raises(PrivacyError, match="nothing to plot"):
         write_figure(answer(noise_multiplier=0.0), tmp_path / "a.svg")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_colluders_than_secure_aggregation_withstands_are_refused():
+    settings = {"mode": "distributed", "epsilon": 4.0, "cohort": 20, "rounds": 2}
+    plan_privacy(build(PlanConfig, settings | {"corrupt": 7}, command="account"))
+    with pytest.raises(PrivacyError, match="withstands 7"):
+        plan_privacy(build(PlanConfig, settings | {"corrupt": 8}, command="account"))
