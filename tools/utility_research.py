@@ -71,6 +71,8 @@ ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CURVE_ALPHAS = (0.5, 0.75, 1.0)
 DELTA = 1e-5
+BUCKETS = (1, 4, 8, 16, 32, 64)
+"""Borders between places in a record, for losses by place."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def main() -> None:
     command.add_argument("--task", required=True)
     command.add_argument("--adapter", required=True, help="name of a run of `tune`")
     command.add_argument("--split", default="choice", choices=SPLITS[1:])
+    command.add_argument("--rules", default="", help="comma-separated names of rules; default: all")
     command.add_argument("--mixtures", action="store_true", help="these rules only")
     command.set_defaults(run=run_decode)
 
@@ -487,10 +490,10 @@ def run_decode(options: argparse.Namespace) -> None:
     found = answers(None, proxy.base.model, examples, proxy.base.token_map, proxy.table, path, device)
     small = restored(options, proxy, device)
     after = small_logprobs(small.model, examples, proxy.table, device)
-    rules = {f"alpha {a:g}": linear(a) for a in ALPHAS}
+    rules = {"large": linear(0.0), "small tuned": mixture(0.0, 0.0)} | {f"alpha {a:g}": linear(a) for a in ALPHAS}
     for a in (0.25, 0.5, 0.75, 1.0):
         rules |= {f"alpha {a:g} mixture {w:g}": mixture(a, w) for w in (0.6, 0.7, 0.8, 0.9)}
-        rules |= {f"alpha {a:g} blend {w:g}": blend(a, w) for w in (0.1, 0.2)}
+        rules |= {f"alpha {a:g} blend {w:g}": blend(a, w) for w in (0.1, 0.2, 0.4, 0.6, 0.8) if a in (0.25, 0.5)}
     for a in () if options.mixtures else (0.5, 0.75, 1.0):
         rules |= {f"alpha {a:g} temperature {t:g}": linear(a, temperature=t) for t in (0.9, 1.1)}
         rules |= {f"alpha {a:g} base {b:g}": linear(a, base_weight=b * a) for b in (0.8, 0.9)}
@@ -498,8 +501,18 @@ def run_decode(options: argparse.Namespace) -> None:
         rules |= {f"alpha {a:g} confidence {s:g}": confidence(a, s) for s in (-0.1, 0.1)}
         rules |= {f"alpha {a:g} top {k}": top_k(a, k) for k in (100, 1000)}
         rules |= {f"alpha {a:g} clipped {b:g}": clipped_shift(a, b) for b in (2.0, 4.0)}
-    losses = {name: per_token(examples, value) for name, value in proxied(found, after, rules).items()}
-    write(options, "decode", {"losses": losses})
+    if options.rules:
+        rules = {name: rules[name] for name in options.rules.split(",")}
+    tokens = proxied_tokens(found, after, rules)
+    places = torch.from_numpy(np.concatenate([np.arange(n) for n in judged_tokens(examples)]))
+    bucket = torch.bucketize(places, torch.tensor(BUCKETS), right=True)
+    counts = torch.bincount(bucket, minlength=len(BUCKETS) + 1).tolist()
+    losses = {name: per_token(examples, found.losses(value)) for name, value in tokens.items()}
+    places_losses = {
+        name: [round(float(value[bucket == i].sum()) / max(1, n), 3) for i, n in enumerate(counts)]
+        for name, value in tokens.items()
+    }
+    write(options, "decode", {"losses": losses, "buckets": counts, "by_place": places_losses})
 
 
 def run_calibrate(options: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ def main() -> None:
         curve = {0.0: tuned[name]["large_base"]} | {float(a): v for a, v in tuned[name].items() if a[0].isdigit()}
         axes.plot(list(curve), list(curve.values()), style, color=colour, marker="o", markersize=3, label=label)
         if name in mixed:
-            best = min(v for rule, v in mixed[name].items() if "mixture" in rule)
+            best = min(v for rule, v in mixed[name].items() if "mixture" in rule or "blend" in rule)
             axes.axhline(best, color=colour, linestyle=style, linewidth=0.7)
     ceilings = [
         point
@@ -56,7 +56,7 @@ def main() -> None:
     axes.set_xlabel("alpha")
     axes.set_ylabel("nats per token, chat choice slice")
     axes.set_ylim(3.35, 4.2)
-    axes.set_title("Thin level lines: the best mixture rule of the same adapter", fontsize=8)
+    axes.set_title("Thin level lines: the best mixture or blend of the same adapter", fontsize=8)
     axes.legend(fontsize=7, loc="upper left")
     figure.tight_layout()
     figure.savefig(options.output / "utility_chat.svg", metadata={"Date": None})
