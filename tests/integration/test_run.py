@@ -94,8 +94,7 @@ def test_a_run_with_dropouts_goes_on_and_counts_who_spent(tiny_settings, tmp_pat
     assert not all(line["aborted"] for line in result.transcripts)
     assert result.statement.epsilon <= 4.0
     released = sum(
-        sum(item.steps for item in Ledger(path).history())
-        for path in (directory.path / "clients").iterdir()
+        sum(item.steps for item in Ledger(path).history()) for path in (directory.path / "clients").iterdir()
     )
     survivors = sum(len(line["survivors"]) for line in result.transcripts)
     assert released >= survivors
