@@ -1,6 +1,6 @@
 """Where the noise is born, and what it costs: central DP-SGD, `distributed`, `local` and non-private training.
 
-    python benchmarks/privacy_modes.py                      # 26 clients of the default chat, 30 rounds; some minutes
+    python benchmarks/privacy_modes.py                      # 26 clients of the default chat, 30 rounds; half an hour
     python benchmarks/privacy_modes.py --quick              # under a minute
     python benchmarks/privacy_modes.py --json > modes.json  # the results; --from modes.json shows them again
     python benchmarks/privacy_modes.py --markdown --plots docs/figures
@@ -271,6 +271,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--clients", type=int, default=26)
     parser.add_argument("--rate", type=float, default=0.2)
+    parser.add_argument("--held-out", type=int, default=100, help="records that each round's loss is over")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--plots", type=Path, metavar="DIR")
@@ -289,7 +290,7 @@ def _setting(options: argparse.Namespace) -> Setting:
         learning_rate=0.02,
         corrupt_fraction=0.1,
         seeds=options.seeds,
-        held_out=48 if options.quick else 200,
+        held_out=48 if options.quick else options.held_out,
     )
 
 
