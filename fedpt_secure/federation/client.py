@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -230,7 +231,7 @@ class ClientWorker:
         if not smallest <= clip_norm <= largest:
             raise RoundError(f"the server wants clip norm {clip_norm}, agreed was {smallest:g} to {largest:g}")
 
-    def _release(self, announcement: Announcement, small: SmallLM) -> npt.NDArray[np.generic]:
+    def _release(self, announcement: Announcement, small: SmallLM) -> npt.NDArray[Any]:
         """Train, and count the release; or, where that is safe, what was released before the round was interrupted."""
         run_id, round_index = self._terms.run_id.hex(), announcement.round_index
         mechanism, mode = self._terms.mechanism, self._terms.config.privacy.mode

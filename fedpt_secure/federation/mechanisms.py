@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,11 +66,11 @@ class RoundMechanism(ABC):
     @abstractmethod
     def release(
         self, small: SmallLM, examples: Sequence[SmallExample], *, clip_norm: float, noise: NoiseSource
-    ) -> npt.NDArray[np.generic]:
+    ) -> npt.NDArray[Any]:
         """The client's noised release at the adapter that is loaded; the adapter is put back."""
 
     @abstractmethod
-    def to_ring(self, released: npt.NDArray[np.generic], random_bytes: RandomBytes) -> RingVector:
+    def to_ring(self, released: npt.NDArray[Any], random_bytes: RandomBytes) -> RingVector:
         """The release as the vector that secure aggregation sums."""
 
     @abstractmethod
@@ -103,7 +104,7 @@ class LocalMechanism(RoundMechanism):
     ) -> FloatArray:
         return train_locally(small, examples, self._settings, noise=noise).vector
 
-    def to_ring(self, released: npt.NDArray[np.generic], random_bytes: RandomBytes) -> RingVector:
+    def to_ring(self, released: npt.NDArray[Any], random_bytes: RandomBytes) -> RingVector:
         return self._encoding.encode(released.astype(np.float64), random_bytes=random_bytes)
 
     def decode(self, total: RingVector, *, survivors: int, clip_norm: float) -> DecodedSum:
@@ -162,8 +163,8 @@ class RingNoiseMechanism(RoundMechanism):
             )
         return self.ring.encode(vector, noise)
 
-    def to_ring(self, released: npt.NDArray[np.generic], random_bytes: RandomBytes) -> RingVector:
-        return released  # type: ignore[return-value]  # `release` made it
+    def to_ring(self, released: npt.NDArray[Any], random_bytes: RandomBytes) -> RingVector:
+        return released  # `release` made it in the ring already
 
     def decode(self, total: RingVector, *, survivors: int, clip_norm: float) -> DecodedSum:
         training = self._config.training

@@ -71,9 +71,9 @@ def calibrate(config: RunConfig, *, most_rounds: int, records: Mapping[str, int]
     }[privacy.mode]
     if privacy.delta * units >= 1:
         raise PrivacyError(
-            f"delta {privacy.delta:g} is not below 1/{units}, one over {what}: such a promise allows publishing one "
-            "outright",
-            hint=f"--delta {0.1 / units:.1g}",
+            # The count itself is private: only its order of magnitude is told.
+            f"delta {privacy.delta:g} is not below 1/n, n being {what}: such a promise allows publishing one outright",
+            hint=f"--delta 1e-{len(str(units)) + 1}",
         )
     return calibrate_noise(
         epsilon=privacy.epsilon,

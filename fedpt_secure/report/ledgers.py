@@ -184,9 +184,10 @@ def change_budget(
 
 
 def _unit(text: str) -> Unit:
-    for unit in get_args(Unit):
+    units: tuple[Unit, ...] = get_args(Unit)
+    for unit in units:
         if text == unit:
-            return unit  # type: ignore[no-any-return]
+            return unit
     raise PrivacyError(f"a budget's unit is record or client, not {text!r}")
 
 

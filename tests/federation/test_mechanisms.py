@@ -390,7 +390,10 @@ def test_what_is_withstood_is_what_the_clients_policy_demands(cohort):
 def test_delta_must_be_below_one_over_the_units_of_the_mode(mode, delta, units):
     """The largest client's records, all clients' records, the clients."""
     records = dict.fromkeys(IDS, 10)
-    with pytest.raises(PrivacyError, match=f"not below 1/{units}"):
+    with pytest.raises(PrivacyError, match="not below 1/n") as caught:
         calibrate(config_of(mode, privacy={"delta": delta}), most_rounds=1, records=records)
+    # The boundary is where the count is, and the count stays untold.
+    assert delta * units >= 1 > delta * 0.9 * units
+    assert str(units) not in caught.value.message.replace(f"{delta:g}", "")
     below = config_of(mode, privacy={"delta": delta * 0.9})
     assert calibrate(below, most_rounds=1, records=records) > 0
