@@ -12,7 +12,7 @@ from fedpt_secure.crypto.ckks import require_tenseal
 from fedpt_secure.crypto.ckks_client import CkksClient
 from fedpt_secure.crypto.ckks_parameters import CkksParameters
 from fedpt_secure.crypto.ckks_server import CkksServer
-from fedpt_secure.crypto.client import ClientState, SecAggClient
+from fedpt_secure.crypto.client import SecAggClient
 from fedpt_secure.crypto.context import RoundContext, default_threshold
 from fedpt_secure.crypto.encoding import FixedPointEncoding
 from fedpt_secure.crypto.errors import (
@@ -67,6 +67,7 @@ from fedpt_secure.crypto.policy import ClientPolicy, MemoryRoundRegister, RoundR
 from fedpt_secure.crypto.prg import RingVector
 from fedpt_secure.crypto.randomness import SYSTEM_RANDOM, InsecureDeterministicBytes, RandomBytes
 from fedpt_secure.crypto.server import SecAggServer, ServerState
+from fedpt_secure.crypto.single_use import ClientState
 
 __all__ = [
     "PROTOCOL_VERSION",

@@ -6,11 +6,6 @@ says what it does not promise: the server follows the protocol, and no client is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import RLock
-from typing import NoReturn
-
 import numpy as np
 import numpy.typing as npt
 
@@ -27,7 +22,6 @@ from fedpt_secure.crypto.ckks_keys import (
 )
 from fedpt_secure.crypto.ckks_messages import CkksSession
 from fedpt_secure.crypto.ckks_parameters import CkksParameters
-from fedpt_secure.crypto.client import ClientState
 from fedpt_secure.crypto.context import RoundContext
 from fedpt_secure.crypto.errors import (
     BelowThreshold,
@@ -46,10 +40,11 @@ from fedpt_secure.crypto.labels import DIGEST_BYTES
 from fedpt_secure.crypto.messages import decode_set, encode_set, split_records
 from fedpt_secure.crypto.policy import ClientPolicy, RoundRegister
 from fedpt_secure.crypto.randomness import SYSTEM_RANDOM, RandomBytes
+from fedpt_secure.crypto.single_use import ClientState, SingleUseClient
 from fedpt_secure.crypto.wiping import wipe
 
 
-class CkksClient:
+class CkksClient(SingleUseClient):
     """One client in one round.
 
     **Guarantees** Against a server that follows the protocol and keeps all it sees, and whoever listens on the network:
@@ -104,9 +99,7 @@ class CkksClient:
         self._register = register
         self._random_bytes = random_bytes
         self._index = context.index_of(client_id)
-        self._turn = RLock()
-        self._discarded = False
-        self._state = ClientState.READY
+        SingleUseClient.__init__(self)
         self._channel = KeyPair.generate(random_bytes)
         self._signature = b""
         self._directory: CkksDirectory | None = None
@@ -118,11 +111,6 @@ class CkksClient:
         self._survivors: tuple[int, ...] = ()
         self._statement = b""
         self._total = b""
-
-    @property
-    def state(self) -> ClientState:
-        """Where the client stands."""
-        return self._state
 
     def advertise(self) -> bytes:
         """Phase 1: a fresh channel key, signed."""
@@ -273,43 +261,6 @@ class CkksClient:
                     values=values,
                     signature=self._identity.sign(to_sign),
                 )
-            )
-
-    def discard(self) -> None:
-        """Drop every secret and end the machine, as `SecAggClient.discard` does. Safe to call at any time."""
-        with self._turn:
-            self._discarded = True
-            self._erase()
-            if self._state is not ClientState.FINISHED:
-                self._state = ClientState.ABORTED
-
-    def __reduce_ex__(self, _protocol: object) -> NoReturn:
-        raise ProtocolStateError("a client is neither copied nor pickled: the copy could be shown another sum")
-
-    @contextmanager
-    def _step(self, expected: ClientState, following: ClientState) -> Iterator[None]:
-        if not self._turn.acquire(blocking=False):
-            raise ProtocolStateError("another thread is using this client; it serves one at a time")
-        try:
-            self._require_state(expected)
-            # Aborted until the step has run to its end: an exception of any kind leaves no state to go on from.
-            self._state = ClientState.ABORTED
-            try:
-                yield
-                if self._discarded:
-                    raise ProtocolStateError("the client was discarded while this call ran; its answer is void")
-            except BaseException:
-                self.discard()
-                raise
-            self._state = following
-        finally:
-            self._turn.release()
-
-    def _require_state(self, expected: ClientState) -> None:
-        if self._state is not expected:
-            raise ProtocolStateError(
-                f"the client is {self._state.value!r}; this call needs {expected.value!r}",
-                hint="a client serves one round, one call a phase; start another attempt with a new client",
             )
 
     def _name(self, index: int) -> str:

@@ -8,10 +8,6 @@ round for this client.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import Enum
-from threading import RLock
-from typing import NoReturn
 
 from fedpt_secure.crypto import messages
 from fedpt_secure.crypto.context import RoundContext
@@ -35,22 +31,11 @@ from fedpt_secure.crypto.prg import RingVector, SignedKey, apply_masks
 from fedpt_secure.crypto.randomness import SYSTEM_RANDOM, RandomBytes
 from fedpt_secure.crypto.sealing import SEALED_BYTES, associated_data, seal, unseal
 from fedpt_secure.crypto.shamir import split
+from fedpt_secure.crypto.single_use import ClientState, SingleUseClient
 from fedpt_secure.crypto.wiping import wipe_all
 
 
-class ClientState(Enum):
-    """What a client waits for."""
-
-    READY = "ready: call advertise()"
-    ADVERTISED = "advertised: call share_keys() with the key directory"
-    SHARED = "shared: call mask() with the inbox and the vector"
-    MASKED = "masked: call confirm() with the survivor list"
-    CONFIRMED = "confirmed: call unmask() with the confirmations"
-    FINISHED = "finished: the round is over"
-    ABORTED = "aborted: the round is over"
-
-
-class SecAggClient:
+class SecAggClient(SingleUseClient):
     """One client in one round.
 
     Guarantees (for an honest client, against a server that controls fewer than 2 threshold - holders of each
@@ -102,10 +87,8 @@ class SecAggClient:
         self._register = register
         self._random_bytes = random_bytes
         self._workers = workers
-        self._turn = RLock()
-        self._discarded = False
+        SingleUseClient.__init__(self)
         self._index = context.index_of(client_id)
-        self._state = ClientState.READY
         self._channel = KeyPair.generate(random_bytes)
         self._mask = KeyPair.generate(random_bytes)
         self._seed = bytearray(random_bytes(32))
@@ -115,11 +98,6 @@ class SecAggClient:
         self._held_shares: dict[int, tuple[bytearray, bytearray]] = {}
         self._sharers: tuple[int, ...] = ()
         self._survivors: tuple[int, ...] = ()
-
-    @property
-    def state(self) -> ClientState:
-        """Where the client stands."""
-        return self._state
 
     def advertise(self) -> bytes:
         """Phase 1: fresh keys and a commitment to the self-mask seed, signed."""
@@ -284,49 +262,9 @@ class SecAggClient:
                 )
             )
 
-    def discard(self) -> None:
-        """Wipe every secret and end the machine. Safe to call at any time, more than once.
-
-        It waits for a call that another thread has running. Within such a call, as from a signal handler, it makes that
-        call fail: what is computed from wiped secrets never leaves.
-        """
-        with self._turn:
-            self._discarded = True
-            self._erase_own_secrets()
-            self._erase_held_shares()
-            if self._state is not ClientState.FINISHED:
-                self._state = ClientState.ABORTED
-
-    def __reduce_ex__(self, _protocol: object) -> NoReturn:
-        raise ProtocolStateError(
-            "a client is neither copied nor pickled: the copy could be shown another survivor list"
-        )
-
-    @contextmanager
-    def _step(self, expected: ClientState, following: ClientState) -> Iterator[None]:
-        if not self._turn.acquire(blocking=False):
-            raise ProtocolStateError("another thread is using this client; it serves one at a time")
-        try:
-            self._require_state(expected)
-            # Aborted until the step has run to its end: an exception of any kind leaves no state to go on from.
-            self._state = ClientState.ABORTED
-            try:
-                yield
-                if self._discarded:
-                    raise ProtocolStateError("the client was discarded while this call ran; its answer is void")
-            except BaseException:
-                self.discard()
-                raise
-            self._state = following
-        finally:
-            self._turn.release()
-
-    def _require_state(self, expected: ClientState) -> None:
-        if self._state is not expected:
-            raise ProtocolStateError(
-                f"the client is {self._state.value!r}; this call needs {expected.value!r}",
-                hint="a client serves one round, one call a phase; start another attempt with a new client",
-            )
+    def _erase(self) -> None:
+        self._erase_own_secrets()
+        self._erase_held_shares()
 
     def _checked_directory(self) -> Directory:
         if self._directory is None:

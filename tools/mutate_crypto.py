@@ -40,6 +40,7 @@ from threading import Timer
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
     "client",
+    "single_use",
     "server",
     "identities",
     "directory",

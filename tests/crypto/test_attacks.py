@@ -38,6 +38,7 @@ from fedpt_secure.crypto import (
 from fedpt_secure.crypto import client as client_module
 from fedpt_secure.crypto import directory as directory_module
 from fedpt_secure.crypto import messages as m
+from fedpt_secure.crypto import single_use as single_use_module
 from fedpt_secure.crypto.directory import Directory
 from fedpt_secure.crypto.key_agreement import KeyPair, pair_mask_key, self_mask_key, shared_secret
 from fedpt_secure.crypto.neighbours import mask_sign, share_point
@@ -616,7 +617,7 @@ CHECKS_OF_THE_CLIENT = {
     "self._discarded": "test_a_call_that_was_discarded_from_within_gives_nothing_out",
     "not self._turn.acquire(blocking=False)": "test_a_second_thread_is_turned_away_while_a_call_runs",
 }
-"""Checks in `client.py` that no attack of a server is about, and the test that holds them."""
+"""Checks in `client.py` and `single_use.py` that no attack of a server is about, and the test that holds them."""
 
 
 def _tests():
@@ -637,11 +638,11 @@ def test_every_attack_that_must_be_tried_is_tried_with_and_without_its_check():
 
 
 def test_every_check_of_the_client_has_an_attack_or_a_test():
-    """A new `if ...: raise` in `client.py` fails here until something holds it."""
-    source = Path(inspect.getsourcefile(client_module)).read_text()
+    """A new `if ...: raise` in either fails here until something holds it."""
     checks = {
         ast.unparse(node.test)
-        for node in ast.walk(ast.parse(source))
+        for module in (client_module, single_use_module)
+        for node in ast.walk(ast.parse(Path(inspect.getsourcefile(module)).read_text()))
         if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise)
     }
     attacked = set(re.findall(r'_check\("\w+", "([^"]+)"', Path(__file__).read_text())) | {OWN_ENTRY}
