@@ -14,6 +14,7 @@ from rich.text import Text
 from fedpt_secure.cli.errors import reported
 from fedpt_secure.cli.privacy_warning import warn_if_not_private
 from fedpt_secure.cli.progress import shown_on
+from fedpt_secure.cli.steering import SHARES_HELP, parse_shares
 from fedpt_secure.config import GenerateConfig, build
 
 
@@ -21,6 +22,7 @@ def generate(
     prompt: str = typer.Argument(..., help="Text to continue."),
     run: Path = typer.Option(..., help="Run directory."),
     alpha: float | None = typer.Option(None, help="Weight of the small LM's shift. [default: the run's]"),
+    shares: str | None = typer.Option(None, help=SHARES_HELP + " [default: the run's]"),
     max_new_tokens: int = typer.Option(48),
     temperature: float = typer.Option(0.0, help="0 takes the most likely token."),
     top_p: float = typer.Option(1.0),
@@ -36,6 +38,7 @@ def generate(
             {
                 "prompt": prompt,
                 "alpha": alpha,
+                "shares": parse_shares(shares),
                 "max_new_tokens": max_new_tokens,
                 "temperature": temperature,
                 "top_p": top_p,

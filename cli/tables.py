@@ -34,13 +34,22 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.print(
         f"Proxy-tuned against large alone: [bold]{improvement['loss']:+.4f}[/] nats/token gained "
         f"({_interval(improvement['ci'])}), {verdict}; {improvement['fraction_improved']:.1%} of records improved; "
-        f"alpha {summary['alpha']:g}.",
+        f"alpha {summary['alpha']:g}{_shares(summary['shares'])}.",
         highlight=False,
     )
     _print_cost(console, summary)
     aggregation = summary["privacy"]["aggregation"]
     console.print(f"Aggregation: {aggregation['aggregator']}; {aggregation['trust']}.", highlight=False)
     _print_privacy(console, summary)
+
+
+def _shares(shares: list[list[float]]) -> str:
+    """The tuned small LM's own share by place, in words."""
+    if not any(share for _, share in shares):
+        return ""
+    return ", and the tuned small LM's own share " + ", ".join(
+        f"{share:g} from token {place}" for place, share in shares
+    )
 
 
 def _print_cost(console: Console, summary: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from fedpt_secure.cli.errors import reported
 from fedpt_secure.cli.privacy_warning import warn_if_not_private, warn_of_trust
 from fedpt_secure.cli.progress import shown_on
+from fedpt_secure.cli.steering import SHARES_HELP, parse_shares
 from fedpt_secure.cli.tables import print_summary
 from fedpt_secure.config import RunConfig, build, overlay, read_settings
 from fedpt_secure.errors import ConfigError
@@ -122,6 +123,7 @@ def train(
     alpha: float | None = typer.Option(
         None, help="Weight of the small LM's shift when steering the large one.", rich_help_panel=TUNING
     ),
+    shares: str | None = typer.Option(None, help=SHARES_HELP, rich_help_panel=TUNING),
     distill_steps: int | None = typer.Option(
         None, help="Distillation steps on public text after each round.", rich_help_panel=TUNING
     ),
@@ -194,7 +196,7 @@ def train(
                 "aggregator": aggregator,
             },
             "training": {"local_steps": local_steps, "server_learning_rate": server_learning_rate},
-            "proxy": {"alpha": alpha, "distill_steps": distill_steps},
+            "proxy": {"alpha": alpha, "shares": parse_shares(shares), "distill_steps": distill_steps},
             "evaluation": {"records": evaluation_records},
         }
         summary = _run(_given(settings), file=config, out=out, resume=resume, console=console)

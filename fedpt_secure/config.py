@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedpt_secure import files
 from fedpt_secure.crypto import default_threshold
@@ -23,6 +24,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Alpha = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+Shares = tuple[tuple[int, float], ...]
+"""`(from_place, share)` with ascending places: how much the tuned small LM's own prediction counts from there on."""
 _SettingsType = TypeVar("_SettingsType", bound="Settings")
 
 SMALLEST_COHORT = 8
@@ -32,6 +35,24 @@ SMALLEST_DELTA = 1e-12
 """The accountant truncates probability mass near 1e-15, so that it cannot tell much smaller deltas apart."""
 
 _SHOWN_CHARACTERS = 80
+
+
+def require_shares(shares: Shares) -> Shares:
+    """Accept the places and shares of a steering rule (`proxy.steering`), unchanged.
+
+    Raises:
+        ValueError: a share is not a number from 0 to 1, or the places do not ascend from 0 or later.
+    """
+    places = [place for place, _ in shares]
+    if any(place < 0 for place in places) or any(a >= b for a, b in pairwise(places)):
+        raise ValueError(f"places must ascend, the first at least 0; given {places}")
+    if wrong := [share for _, share in shares if not 0 <= share <= 1]:
+        raise ValueError(f"a share must be from 0 to 1; given {wrong[0]:g}")
+    return shares
+
+
+_Share = Annotated[tuple[Annotated[int, Field(strict=True)], Annotated[float, Field(strict=True)]], Field(strict=False)]
+_Shares = Annotated[tuple[_Share, ...], Field(strict=False), AfterValidator(require_shares)]
 
 
 class Settings(BaseModel):
@@ -239,6 +260,9 @@ class ProxyConfig(Settings):
 
     alpha: Alpha = 0.75
     """Weight of the small LM's shift; the default was chosen on public text only (docs/LOG.md)."""
+    shares: _Shares = ()
+    """Pairs `[from_place, share]`: from that place of a record's text on, the tuned small LM's own prediction has this
+    share of the steered one (`proxy.steering`). Public constants, like alpha."""
     distill_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of distillation on public text after each round; 0 switches it off."""
     distill_learning_rate: Positive = 1e-3
@@ -338,6 +362,8 @@ class GenerateConfig(Settings):
     prompt: str
     alpha: Alpha | None = None
     """Weight of the small LM's shift; nothing for the run's."""
+    shares: _Shares | None = None
+    """The tuned small LM's own share by place; nothing for the run's, an empty list for none."""
     max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 48
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     """0 takes the most likely token."""

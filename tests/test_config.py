@@ -105,3 +105,22 @@ def test_a_settings_file_that_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "missing.toml"):
         with pytest.raises(ConfigError, match="cannot read the settings"):
             read_settings(path)
+
+
+def test_shares_survive_their_file_and_are_checked_by_name(tmp_path):
+    config = build(RunConfig, {"proxy": {"shares": [[0, 1], [1, 0.25]]}})
+    assert config.proxy.shares == ((0, 1.0), (1, 0.25))
+    save(config, tmp_path / "config.toml")
+    assert load(tmp_path / "config.toml") == config
+    for wrong in (
+        [[0, 1.5]],
+        [[2, 0.1], [1, 0.1]],
+        [[-1, 0.1]],
+        [[0, math.nan]],
+        [[0.5, 0.1]],
+        [["0", 0.1]],
+        [[0]],
+        "0:1",
+    ):
+        with pytest.raises(ConfigError, match=r"proxy\.shares"):
+            build(RunConfig, {"proxy": {"shares": wrong}})

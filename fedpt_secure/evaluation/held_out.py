@@ -1,4 +1,4 @@
-"""Held-out loss of the four arms: large base, small base, small tuned, and the large one proxied at each alpha.
+"""Held-out loss of the four arms: large base, small base, small tuned, and the large one under each steering rule.
 
 All arms are judged on the same large tokens at the same positions. The small arms are made proper distributions over
 the large vocabulary by spreading the unknown class evenly over the tokens outside the map
@@ -22,9 +22,10 @@ from fedpt_secure.data.examples import Example
 from fedpt_secure.errors import BlackBoxError, DataError
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.progress import SILENT, Progress
-from fedpt_secure.proxy.arithmetic import OutsideRule, shifted_token_logprobs, spread_token_logprobs
+from fedpt_secure.proxy.arithmetic import spread_token_logprobs
 from fedpt_secure.proxy.black_box import BlackBoxLM, guard
 from fedpt_secure.proxy.small_pair import SmallPair
+from fedpt_secure.proxy.steering import SteeringRule, steered_token_logprobs
 
 FloatVector = npt.NDArray[np.float64]
 
@@ -41,14 +42,14 @@ class ArmsEvaluation:
         large_base: `[records]`, the negative log-likelihood of those tokens under the black box alone, in nats.
         small_base: the same under the small LM as pretrained.
         small_tuned: the same under the tuned small LM.
-        proxy_tuned: alpha -> the same under the proxied black box.
+        proxy_tuned: rule -> the same under the steered black box.
     """
 
     tokens: npt.NDArray[np.int64]
     large_base: FloatVector
     small_base: FloatVector
     small_tuned: FloatVector
-    proxy_tuned: Mapping[float, FloatVector]
+    proxy_tuned: Mapping[SteeringRule, FloatVector]
 
     def loss(self, nll: FloatVector) -> float:
         """Loss per token in nats of one arm: total negative log-likelihood over total tokens."""
@@ -59,12 +60,10 @@ def evaluate_arms(
     examples: Sequence[Example],
     black_box: BlackBoxLM,
     pair: SmallPair,
-    alphas: Sequence[float],
+    rules: Sequence[SteeringRule],
     progress: Progress = SILENT,
-    *,
-    outside: OutsideRule = "unknown",
 ) -> ArmsEvaluation:
-    """Score examples under all arms, in one pass over the large model whatever the number of alphas.
+    """Score examples under all arms, in one pass over the large model whatever the number of rules.
 
     Each record is judged as a sequence of its own, so the sums do not depend on the other records or their order,
     beyond float32 rounding.
@@ -73,14 +72,14 @@ def evaluate_arms(
         examples: at least one; each with a token to judge.
         black_box: the large model; must score whole texts over the full vocabulary.
         pair: base and tuned small LM; only the tuned side differs between rounds.
-        alphas: strengths of the proxy, at least one.
+        rules: how the small LM steers, at least one. A token's place is counted from the first judged token, which is
+            where the text begins, or the response.
         progress: a bar that counts judged tokens.
-        outside: the shift of tokens outside the map (`proxy.arithmetic`).
 
     Raises:
         DataError: there are no examples, or one has no token to judge.
         BlackBoxError: the black box misbehaves, or gives a held-out token probability 0.
-        ConfigError: an alpha is not finite, or there is none.
+        ConfigError: there is no rule.
         ModelError: the small LM's context is too short, or its predictions are not finite.
     """
     _check(examples)
@@ -88,7 +87,7 @@ def evaluate_arms(
     # The last token of a record is only ever predicted, so no model needs to read it.
     sequences = [examples[index].ids[:-1] for index in order]
     tokens = np.array([len(example.ids) - example.loss_from for example in examples], dtype=np.int64)
-    sums = np.zeros((3 + len(alphas), len(examples)))
+    sums = np.zeros((3 + len(rules), len(examples)))
     large_answers = guard(black_box).score(sequences)
     small_answers = pair.score([pair.token_map.to_small(sequence) for sequence in sequences])
     with progress.task("held-out loss", int(tokens.sum()), unit="tokens") as task:
@@ -97,18 +96,21 @@ def evaluate_arms(
             # Views from here on: a dense answer is the largest thing in memory.
             judged = [side.to(large.device)[example.loss_from - 1 :] for side in (large, base, tuned)]
             targets = torch.tensor(example.ids[example.loss_from :], device=large.device)
+            places = torch.arange(len(targets), device=large.device)
             _check_support(judged[0], targets)
             for first in range(0, len(targets), _ROWS_AT_ONCE):
                 rows = slice(first, first + _ROWS_AT_ONCE)
                 big, plain, tuning = (side[rows] for side in judged)
-                sums[:, index] -= _token_logprobs(big, plain, tuning, targets[rows], pair.token_map, alphas, outside)
+                sums[:, index] -= _token_logprobs(
+                    big, plain, tuning, targets[rows], pair.token_map, rules, places[rows]
+                )
             task.advance(len(targets))
     return ArmsEvaluation(
         tokens=tokens,
         large_base=sums[0],
         small_base=sums[1],
         small_tuned=sums[2],
-        proxy_tuned=dict(zip(alphas, sums[3:], strict=True)),
+        proxy_tuned=dict(zip(rules, sums[3:], strict=True)),
     )
 
 
@@ -118,16 +120,16 @@ def _token_logprobs(
     tuned: Tensor,
     targets: Tensor,
     token_map: TokenMap,
-    alphas: Sequence[float],
-    outside: OutsideRule,
+    rules: Sequence[SteeringRule],
+    places: Tensor,
 ) -> FloatVector:
-    """Sums over positions: large base, small base, small tuned, the proxy at each alpha; float64 `[3 + alphas]`."""
+    """Sums over positions: large base, small base, small tuned, the large one by rule; float64 `[3 + rules]`."""
     per_token = torch.cat(
         [
             large.gather(-1, targets[:, None]).T,
             spread_token_logprobs(base, targets, token_map)[None],
             spread_token_logprobs(tuned, targets, token_map)[None],
-            shifted_token_logprobs(large, base, tuned, targets, token_map, alphas, outside=outside),
+            steered_token_logprobs(large, base, tuned, targets, token_map, rules, places),
         ]
     )
     sums: FloatVector = per_token.double().sum(dim=-1).cpu().numpy()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedpt_secure.config import Shares
 from fedpt_secure.data import Cache
 from fedpt_secure.data.examples import PairTemplate
 from fedpt_secure.errors import ConfigError, RunDirectoryError
 from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.setup import load_models
 from fedpt_secure.progress import Progress
-from fedpt_secure.proxy import DecodingSettings
+from fedpt_secure.proxy import DecodingSettings, SteeringRule
 from fedpt_secure.proxy import generate as decode
 
 
@@ -20,6 +21,7 @@ def continuations(
     *,
     chat: bool,
     alpha: float | None,
+    shares: Shares | None,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -32,6 +34,7 @@ def continuations(
     Args:
         chat: wrap the prompt in the model's chat format.
         alpha: weight of the shift; None for the run's.
+        shares: the tuned small LM's own share by place; None for the run's.
         seed: of the sampling, where the temperature is not 0; the choice of a token is no secret.
 
     Raises:
@@ -48,15 +51,22 @@ def continuations(
     models.small.load_adapter_vector(checkpoint.tensors["adapter"])
     tokenizer = models.tokenizer
     ids = [tokenizer.separator_id, *tokenizer.ids(prompt)]
+    first_place = len(ids) - 1
     if chat:
         template = PairTemplate.of(tokenizer)
         ids = [tokenizer.separator_id, *template.opening, *tokenizer.ids(prompt), *template.turn]
+        first_place = 0
+    rule = SteeringRule(
+        alpha=config.proxy.alpha if alpha is None else alpha,
+        shares=config.proxy.shares if shares is None else shares,
+    )
     texts = {}
-    for name, weight in (("base", 0.0), ("proxy_tuned", config.proxy.alpha if alpha is None else alpha)):
-        settings = DecodingSettings(alpha=weight, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    for name, steering in (("base", SteeringRule(alpha=0.0)), ("proxy_tuned", rule)):
+        settings = DecodingSettings(rule=steering, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         tokens = []
         with progress.task(f"decoding ({name})", max_new_tokens, unit="tokens") as task:
-            for token in decode(models.black_box(progress), models.pair, ids, settings, np.random.default_rng(seed)):
+            rng = np.random.default_rng(seed)
+            for token in decode(models.black_box(progress), models.pair, ids, settings, rng, first_place=first_place):
                 tokens.append(token)
                 task.advance()
         texts[name] = tokenizer.text(tokens)

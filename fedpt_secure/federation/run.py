@@ -35,6 +35,7 @@ from fedpt_secure.privacy import (
     ring_statement,
 )
 from fedpt_secure.progress import Progress
+from fedpt_secure.proxy import SteeringRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
         _sample(held_out, config.evaluation.records, config.seed),
         models.black_box(progress),
         models.pair,
-        alphas=[config.proxy.alpha],
+        rules=[SteeringRule.of(config.proxy)],
         progress=progress,
     )
     state.add_seconds("evaluation", time.perf_counter() - began)

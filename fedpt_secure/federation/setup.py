@@ -22,6 +22,7 @@ from fedpt_secure.proxy import (
     LocalTransformersLM,
     PublicAnswers,
     PublicText,
+    SteeringRule,
     ask_black_box,
     distil,
     guard,
@@ -66,7 +67,7 @@ class RunModels:
         distil(
             self.small.model,
             self._answers,
-            alpha=config.proxy.alpha,
+            rule=SteeringRule.of(config.proxy),
             steps=config.proxy.distill_steps,
             learning_rate=config.proxy.distill_learning_rate,
             seed=config.seed + round_index,

@@ -20,6 +20,13 @@ from fedpt_secure.proxy.distillation import (
 )
 from fedpt_secure.proxy.local_transformers import LocalTransformersLM
 from fedpt_secure.proxy.small_pair import SmallPair, SmallSession
+from fedpt_secure.proxy.steering import (
+    SteeringRule,
+    steered_class_logprobs,
+    steered_classes,
+    steered_logprobs,
+    steered_token_logprobs,
+)
 
 __all__ = [
     "AdapterPair",
@@ -34,6 +41,7 @@ __all__ = [
     "Session",
     "SmallPair",
     "SmallSession",
+    "SteeringRule",
     "ask_black_box",
     "distil",
     "generate",
@@ -43,5 +51,9 @@ __all__ = [
     "shifted_token_logprobs",
     "spread_logprobs",
     "spread_token_logprobs",
+    "steered_class_logprobs",
+    "steered_classes",
+    "steered_logprobs",
+    "steered_token_logprobs",
     "tuning_shift",
 ]

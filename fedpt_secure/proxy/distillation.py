@@ -33,8 +33,9 @@ from fedpt_secure.errors import ConfigError, DataError, ModelError
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.progress import SILENT, Progress
 from fedpt_secure.proxy.adapter_pair import AdapterPair, evaluating
-from fedpt_secure.proxy.arithmetic import restricted_logprobs, tuning_shift
+from fedpt_secure.proxy.arithmetic import restricted_logprobs
 from fedpt_secure.proxy.black_box import BlackBoxLM, guard
+from fedpt_secure.proxy.steering import SteeringRule, steered_classes
 
 _HELD_OUT_FRACTION = 0.1
 
@@ -131,7 +132,7 @@ def distil(
     model: PeftModel,
     answers: PublicAnswers,
     *,
-    alpha: float,
+    rule: SteeringRule,
     steps: int,
     learning_rate: float,
     temperature: float = 1.0,
@@ -147,7 +148,7 @@ def distil(
     Args:
         model: the small LM with the round's aggregate in its adapter; its trainable parameters are taught.
         answers: from `ask_black_box`.
-        alpha: strength of the proxy that teaches.
+        rule: how the small LM steers the proxied model that teaches; a public text is a text from its first token on.
         steps: Adam steps, fixed beforehand.
         learning_rate: Adam's; the others of its constants are the usual ones.
         temperature: softens teacher and student while learning.
@@ -159,13 +160,13 @@ def distil(
         ConfigError: a setting is out of its range.
         ModelError: the model has no trainable parameter, does not fit the token map, or diverges.
     """
-    _check(alpha=alpha, steps=steps, learning_rate=learning_rate, temperature=temperature, batch=batch_sequences)
+    _check(steps=steps, learning_rate=learning_rate, temperature=temperature, batch=batch_sequences)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ModelError("the small LM has no trainable parameter to distil into")
     rng = np.random.default_rng([seed, 0x64697374])  # ASCII "dist": apart from other generators of the same seed
     held_out, schedule = _split(len(answers.small_ids), steps, batch_sequences, rng)
-    teacher = _Teacher(model, answers, alpha, [*held_out, *np.unique(schedule).tolist()])
+    teacher = _Teacher(model, answers, rule, [*held_out, *np.unique(schedule).tolist()])
     before = [parameter.detach().clone() for parameter in trainable]
     optimizer = torch.optim.Adam(trainable, lr=learning_rate)
     try:
@@ -204,7 +205,7 @@ def distil(
 class _Teacher:
     """The proxied large LM over the small classes, frozen at the adapter it was made with."""
 
-    def __init__(self, model: PeftModel, answers: PublicAnswers, alpha: float, indices: Sequence[int]) -> None:
+    def __init__(self, model: PeftModel, answers: PublicAnswers, rule: SteeringRule, indices: Sequence[int]) -> None:
         self.ids = answers.small_ids
         self.width = answers.token_map.small_vocabulary_size
         self.logprobs: dict[int, Tensor] = {}
@@ -212,8 +213,9 @@ class _Teacher:
         ordered = sorted(indices, key=lambda index: -len(answers.small_ids[index]))
         pair = AdapterPair(model, answers.token_map)
         for index, (base, tuned) in zip(ordered, pair.score([self.ids[i] for i in ordered]), strict=True):
-            shift = tuning_shift(base, tuned, answers.token_map).cpu()
-            proxied = torch.log_softmax(answers.classes[index].float() + alpha * shift, dim=-1)
+            classes = answers.classes[index].float()
+            places = torch.arange(len(classes))
+            proxied = steered_classes(classes, base.cpu(), tuned.cpu(), answers.token_map, rule, places)
             self.logprobs[index] = proxied.half()
 
 
@@ -261,9 +263,8 @@ def _split(
     return sorted(order[:held_out].tolist()), [[next(source) for _ in range(batch)] for _ in range(steps)]
 
 
-def _check(*, alpha: float, steps: int, learning_rate: float, temperature: float, batch: int) -> None:
+def _check(*, steps: int, learning_rate: float, temperature: float, batch: int) -> None:
     for name, value, rule, holds in (
-        ("alpha", alpha, "a finite number", math.isfinite(alpha)),
         ("steps", steps, "at least 1", steps >= 1),
         ("learning_rate", learning_rate, "a finite positive number", 0 < learning_rate < math.inf),
         ("temperature", temperature, "a finite positive number", 0 < temperature < math.inf),

@@ -18,6 +18,7 @@ from fedpt_secure.evaluation import (
     ratio_interval,
 )
 from fedpt_secure.federation import RunResult, privacy_document
+from fedpt_secure.proxy import SteeringRule
 
 SCHEMA = "fedpt-secure/summary/1"
 _PACKAGES = ("torch", "transformers", "peft", "opacus", "PyNaCl", "cryptography", "dp-accounting", "datasets", "numpy")
@@ -31,9 +32,13 @@ def summarise(result: RunResult) -> dict[str, Any]:
         "schema": SCHEMA,
         "private": result.statement.private,
         **_utility(
-            evaluation, alpha=config.proxy.alpha, seed=config.seed, resamples=config.evaluation.bootstrap_samples
+            evaluation,
+            rule=SteeringRule.of(config.proxy),
+            seed=config.seed,
+            resamples=config.evaluation.bootstrap_samples,
         ),
         "alpha": config.proxy.alpha,
+        "shares": [list(entry) for entry in config.proxy.shares],
         "privacy": privacy_document(result.statement, result.aggregation),
         "data": {
             "name": result.text.name,
@@ -82,10 +87,10 @@ def phase_seconds(transcripts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return totals
 
 
-def _utility(evaluation: ArmsEvaluation, *, alpha: float, seed: int, resamples: int) -> dict[str, Any]:
+def _utility(evaluation: ArmsEvaluation, *, rule: SteeringRule, seed: int, resamples: int) -> dict[str, Any]:
     """Losses of the arms, and what proxy tuning gained, with percentile-bootstrap intervals over records."""
     rng = bootstrap_rng(seed)
-    proxied = evaluation.proxy_tuned[alpha]
+    proxied = evaluation.proxy_tuned[rule]
     losses = {
         "large_base": evaluation.large_base,
         "small_base": evaluation.small_base,

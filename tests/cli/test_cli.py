@@ -130,6 +130,18 @@ def test_generate_shows_both_continuations(arguments, tmp_path):
     assert "NOT PRIVATE" not in shown.stderr
 
 
+def test_the_shares_of_train_are_those_of_generate_unless_it_is_told_others(arguments, tmp_path):
+    """At share 1 the answer is the tuned small LM's; with none and alpha 0 it is the large model's own."""
+    settings = ("--rounds", 1, "--shares", "0:1", "--out", tmp_path / "run", "--json")
+    trained = invoke(*arguments, *settings)
+    assert trained.exit_code == 0, trained.output
+    assert json.loads(trained.stdout)["shares"] == [[0, 1.0]]
+    command = ("generate", "--run", tmp_path / "run", "hey you", "--max-new-tokens", 6, "--json")
+    texts, alone = (json.loads(invoke(*command, *more).stdout) for more in ((), ("--alpha", 0, "--shares", "none")))
+    assert texts["proxy_tuned"] != texts["base"]
+    assert alone["proxy_tuned"] == alone["base"]
+
+
 def test_generate_warns_about_a_run_that_is_not_private(arguments, tmp_path):
     settings = ("--rounds", 1, "--epsilon", "inf", "--insecure-deterministic", "--out", tmp_path / "run")
     assert invoke(*arguments, *settings).exit_code == 0
@@ -165,6 +177,7 @@ def test_each_reason_why_a_run_is_not_private_is_said_in_red(settings, reasons):
         (("hey", "--seed", "-1"), "seed"),
         (("hey", "--alpha", "-1"), "alpha"),
         (("hey", "--alpha", "inf"), "alpha"),
+        (("hey", "--shares", "3:0.1,1:0.2"), "ascend"),
         (("hey", "--temperature", "-0.5"), "temperature"),
         (("hey", "--temperature", "1e-300"), "temperature"),
         (("hey", "--temperature", "nan"), "temperature"),
@@ -206,6 +219,8 @@ def test_a_bad_request_to_generate_is_one_line(tmp_path, bad, said):
         (("--device", "meta"), 2, "not one of auto, cpu"),
         (("--lora-rank", "1025"), 2, "1024"),
         (("--alpha", "10.5"), 2, "alpha"),
+        (("--shares", "0:1.5"), 2, "proxy.shares"),
+        (("--shares", "0"), 2, "PLACE:SHARE"),
         (("--text-column", "sa\udcff"), 2, "UTF-8"),
         (("--config", "no/such/settings.toml"), 2, "no/such/settings.toml"),
     ],

@@ -14,10 +14,13 @@ from fedpt_secure.errors import BlackBoxError, ConfigError, DataError
 from fedpt_secure.evaluation.held_out import evaluate_arms
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.lm.vocabulary import Vocabulary
-from fedpt_secure.proxy.arithmetic import shifted_logprobs, spread_logprobs
+from fedpt_secure.proxy.arithmetic import spread_logprobs
 from fedpt_secure.proxy.black_box import Capabilities
+from fedpt_secure.proxy.steering import SteeringRule, steered_logprobs
 
-LARGE, ALPHAS = 40, [0.0, 0.5, 1.0]
+LARGE = 40
+LINEAR = SteeringRule(alpha=0.5)
+RULES = [SteeringRule(alpha=0.0), LINEAR, SteeringRule(alpha=1.0), SteeringRule(0.5, ((0, 1.0), (1, 0.3), (3, 0.1)))]
 TOKEN_MAP = TokenMap([3, -1, 17, 0, 21, 39], LARGE)
 EXAMPLES = [
     Example((0, 3, 17, 5), 1),
@@ -64,7 +67,7 @@ class Pair:
             yield self.base.logprobs(sequence), self.tuned.logprobs(sequence)
 
 
-def slow_sums(large, pair, example, alpha):
+def slow_sums(large, pair, example, rule):
     """Negative log-likelihoods of one record, position by position."""
     small_ids = TOKEN_MAP.to_small(example.ids)
     sums = [0.0, 0.0, 0.0, 0.0]
@@ -76,34 +79,34 @@ def slow_sums(large, pair, example, alpha):
             big,
             spread_logprobs(base, TOKEN_MAP),
             spread_logprobs(tuned, TOKEN_MAP),
-            shifted_logprobs(big, base, tuned, TOKEN_MAP, alpha),
+            steered_logprobs(big, base, tuned, TOKEN_MAP, rule, torch.tensor(position - example.loss_from)),
         )
         sums = [total - arm[target].item() for total, arm in zip(sums, arms, strict=True)]
     return sums
 
 
 @pytest.mark.parametrize("index", range(len(EXAMPLES)))
-@pytest.mark.parametrize("alpha", ALPHAS)
-def test_each_arm_is_the_slow_reference_record_by_record(index, alpha):
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_each_arm_is_the_slow_reference_record_by_record(index, rule):
     large, pair = LargeModel(0, LARGE), Pair()
-    result = evaluate_arms(EXAMPLES, large, pair, ALPHAS)
-    got = [result.large_base, result.small_base, result.small_tuned, result.proxy_tuned[alpha]]
-    assert [arm[index] for arm in got] == pytest.approx(slow_sums(large, pair, EXAMPLES[index], alpha), abs=1e-4)
+    result = evaluate_arms(EXAMPLES, large, pair, RULES)
+    got = [result.large_base, result.small_base, result.small_tuned, result.proxy_tuned[rule]]
+    assert [arm[index] for arm in got] == pytest.approx(slow_sums(large, pair, EXAMPLES[index], rule), abs=1e-4)
     assert result.tokens.tolist() == [3, 5, 1, 1]
 
 
 def test_alpha_zero_is_the_large_base_and_a_pair_without_tuning_changes_nothing():
     large = LargeModel(0, LARGE)
-    result = evaluate_arms(EXAMPLES, large, Pair(), [0.0])
-    assert result.proxy_tuned[0.0] == pytest.approx(result.large_base, abs=1e-5)
-    untuned = evaluate_arms(EXAMPLES, large, Pair(1, 1), [0.7])
-    assert untuned.proxy_tuned[0.7] == pytest.approx(untuned.large_base, abs=1e-5)
+    result = evaluate_arms(EXAMPLES, large, Pair(), [RULES[0]])
+    assert result.proxy_tuned[RULES[0]] == pytest.approx(result.large_base, abs=1e-5)
+    untuned = evaluate_arms(EXAMPLES, large, Pair(1, 1), [LINEAR])
+    assert untuned.proxy_tuned[LINEAR] == pytest.approx(untuned.large_base, abs=1e-5)
     assert untuned.small_tuned == pytest.approx(untuned.small_base)
 
 
-def test_one_pass_over_the_large_model_serves_every_alpha():
+def test_one_pass_over_the_large_model_serves_every_rule():
     large = LargeModel(0, LARGE)
-    evaluate_arms(EXAMPLES, large, Pair(), [0.1, 0.2, 0.3, 0.4, 0.5])
+    evaluate_arms(EXAMPLES, large, Pair(), RULES)
     assert large.calls == 1
 
 
@@ -113,21 +116,21 @@ def test_prompt_tokens_carry_no_loss():
     for model in (large, pair.base, pair.tuned):
         model.table[1] = 0
     one, other = (
-        evaluate_arms([Example((0, *prompt, 3, 17), 4)], large, pair, [0.5]) for prompt in ([8, 9, 3], [30, 2, 3])
+        evaluate_arms([Example((0, *prompt, 3, 17), 4)], large, pair, [LINEAR]) for prompt in ([8, 9, 3], [30, 2, 3])
     )
     assert one.tokens.tolist() == other.tokens.tolist() == [2]
-    assert one.proxy_tuned[0.5] == pytest.approx(other.proxy_tuned[0.5])
+    assert one.proxy_tuned[LINEAR] == pytest.approx(other.proxy_tuned[LINEAR])
 
 
 def test_a_long_record_is_the_sum_of_its_chunks(monkeypatch):
-    whole = evaluate_arms(EXAMPLES, LargeModel(0, LARGE), Pair(), ALPHAS)
+    whole = evaluate_arms(EXAMPLES, LargeModel(0, LARGE), Pair(), RULES)
     monkeypatch.setattr("fedpt_secure.evaluation.held_out._ROWS_AT_ONCE", 2)
-    chunked = evaluate_arms(EXAMPLES, LargeModel(0, LARGE), Pair(), ALPHAS)
-    assert chunked.proxy_tuned[0.5] == pytest.approx(whole.proxy_tuned[0.5])
+    chunked = evaluate_arms(EXAMPLES, LargeModel(0, LARGE), Pair(), RULES)
+    assert chunked.proxy_tuned[LINEAR] == pytest.approx(whole.proxy_tuned[LINEAR])
 
 
 def test_the_loss_is_over_tokens_not_over_records():
-    result = evaluate_arms(EXAMPLES, LargeModel(0, LARGE), Pair(), [0.5])
+    result = evaluate_arms(EXAMPLES, LargeModel(0, LARGE), Pair(), [LINEAR])
     assert result.loss(result.large_base) == pytest.approx(result.large_base.sum() / 10)
 
 
@@ -150,7 +153,7 @@ def test_progress_counts_the_judged_tokens():
             pass
 
     counting = Counting()
-    evaluate_arms(EXAMPLES, LargeModel(0, LARGE), Pair(), [0.5], counting)
+    evaluate_arms(EXAMPLES, LargeModel(0, LARGE), Pair(), [LINEAR], counting)
     assert counting.done == counting.total == 10
 
 
@@ -158,27 +161,26 @@ def test_progress_counts_the_judged_tokens():
 def test_a_record_with_nothing_to_judge_is_refused_before_any_model_runs(example):
     large = LargeModel(0, LARGE)
     with pytest.raises(DataError, match="held-out record 1"):
-        evaluate_arms([EXAMPLES[0], example], large, Pair(), [0.5])
+        evaluate_arms([EXAMPLES[0], example], large, Pair(), [LINEAR])
     assert large.calls == 0
 
 
-def test_no_records_and_no_alpha_are_refused():
+def test_no_records_and_no_rule_are_refused():
     with pytest.raises(DataError, match="no held-out record"):
-        evaluate_arms([], LargeModel(0, LARGE), Pair(), [0.5])
-    for alphas in ([], [math.nan]):
-        with pytest.raises(ConfigError, match="alpha"):
-            evaluate_arms(EXAMPLES, LargeModel(0, LARGE), Pair(), alphas)
+        evaluate_arms([], LargeModel(0, LARGE), Pair(), [LINEAR])
+    with pytest.raises(ConfigError, match="no steering rule"):
+        evaluate_arms(EXAMPLES, LargeModel(0, LARGE), Pair(), [])
 
 
 def test_a_black_box_that_excludes_a_held_out_token_is_an_error_not_an_infinite_loss():
     large = LargeModel(0, LARGE)
     large.table[:, :, 17] = -math.inf
     with pytest.raises(BlackBoxError, match=r"token 17 .* probability 0"):
-        evaluate_arms(EXAMPLES, large, Pair(), [0.5])
+        evaluate_arms(EXAMPLES, large, Pair(), [LINEAR])
 
 
 def test_a_black_box_that_answers_nan_is_an_error():
     large = LargeModel(0, LARGE)
     large.table[0, 3, 4] = math.nan
     with pytest.raises(BlackBoxError, match="not a distribution"):
-        evaluate_arms(EXAMPLES, large, Pair(), [0.5])
+        evaluate_arms(EXAMPLES, large, Pair(), [LINEAR])

@@ -10,6 +10,7 @@ from fedpt_secure.data.records import Record
 from fedpt_secure.federation import RunDirectory, run_training
 from fedpt_secure.federation import run as run_module
 from fedpt_secure.progress import SILENT
+from fedpt_secure.proxy import SteeringRule
 
 
 def test_other_held_out_text_gives_the_same_adapter_rounds_and_epsilon(tiny_settings, tmp_path, monkeypatch):
@@ -40,5 +41,5 @@ def test_other_held_out_text_gives_the_same_adapter_rounds_and_epsilon(tiny_sett
         line["survivors"] for line in results[1].transcripts
     ]
     assert results[0].config == results[1].config
-    losses = [result.evaluation.proxy_tuned[config.proxy.alpha].sum() for result in results]
+    losses = [result.evaluation.proxy_tuned[SteeringRule.of(config.proxy)].sum() for result in results]
     assert losses[0] != losses[1]  # the report did read it

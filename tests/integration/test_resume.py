@@ -21,6 +21,7 @@ from fedpt_secure.federation import run as run_module
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.privacy import Ledger
 from fedpt_secure.progress import SILENT
+from fedpt_secure.proxy import SteeringRule
 
 # (class or module, function, number of calls before the process dies inside it, before or after the call)
 MOMENTS = {
@@ -199,4 +200,5 @@ def test_a_finished_run_resumes_to_the_same_result_without_training(tiny_config,
     monkeypatch.setattr(ClientWorker, "announce", lambda *args: pytest.fail("trained again"))
     second = run_training(tiny_config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
     assert first.statement == second.statement
-    assert (first.evaluation.proxy_tuned[0.75] == second.evaluation.proxy_tuned[0.75]).all()
+    rule = SteeringRule.of(tiny_config.proxy)
+    assert (first.evaluation.proxy_tuned[rule] == second.evaluation.proxy_tuned[rule]).all()

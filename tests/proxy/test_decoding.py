@@ -11,20 +11,28 @@ import torch
 from scipy import stats
 
 from fedpt_secure.errors import BlackBoxError, ConfigError, ModelError
-from fedpt_secure.proxy.arithmetic import shifted_logprobs
-from fedpt_secure.proxy.decoding import DecodingSettings, choose_token, generate
+from fedpt_secure.proxy.decoding import DecodingSettings, choose_token
+from fedpt_secure.proxy.decoding import generate as generate_from
+from fedpt_secure.proxy.steering import SteeringRule, steered_logprobs
 
 PROMPT = [0, 504, 3575, 12]
+FIRST_PLACE = 3
+ALONE, LINEAR = SteeringRule(alpha=0.0), SteeringRule(alpha=0.5)
 
 
-def slow_generate(large, pair, prompt, settings, rng):
+def generate(large, pair, prompt, settings, rng, first_place=FIRST_PLACE):
+    return generate_from(large, pair, prompt, settings, rng, first_place=first_place)
+
+
+def slow_generate(large, pair, prompt, settings, rng, first_place=FIRST_PLACE):
     """Score the whole text anew for every token; choose by sorting and adding up, in plain Python."""
     ids = list(prompt)
-    for _ in range(settings.max_new_tokens):
+    for produced in range(settings.max_new_tokens):
         logprobs = next(large.score([ids]))[-1]
-        if settings.alpha:
+        if settings.rule.needs_the_small_lm:
             base, tuned = next(pair.score([pair.token_map.to_small(ids)]))
-            logprobs = shifted_logprobs(logprobs, base[-1], tuned[-1], pair.token_map, settings.alpha)
+            place = torch.tensor(first_place + produced)
+            logprobs = steered_logprobs(logprobs, base[-1], tuned[-1], pair.token_map, settings.rule, place)
         values = logprobs.double().tolist()
         ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
         token = ranked[0]
@@ -46,22 +54,35 @@ def slow_generate(large, pair, prompt, settings, rng):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("rule", [ALONE, LINEAR, SteeringRule(1.0, ((0, 0.2), (5, 1.0), (7, 0.1)))], ids=str)
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.7, 0.8)])
-def test_cached_decoding_is_the_slow_reference_token_for_token(large, pair, alpha, temperature, top_p):
-    settings = DecodingSettings(alpha=alpha, max_new_tokens=7, temperature=temperature, top_p=top_p)
+def test_cached_decoding_is_the_slow_reference_token_for_token(large, pair, rule, temperature, top_p):
+    settings = DecodingSettings(rule=rule, max_new_tokens=7, temperature=temperature, top_p=top_p)
     fast = list(generate(large, pair, PROMPT, settings, np.random.default_rng(1)))
     assert fast == slow_generate(large, pair, PROMPT, settings, np.random.default_rng(1))
     assert len(fast) == 7
 
 
 def test_the_small_lm_changes_the_choice_and_alpha_zero_does_not_run_it(large, pair):
-    settings = DecodingSettings(alpha=1.0, max_new_tokens=12)
-    alone = dataclasses.replace(settings, alpha=0.0)
+    settings = DecodingSettings(rule=SteeringRule(alpha=1.0), max_new_tokens=12)
+    alone = dataclasses.replace(settings, rule=ALONE)
     rng = np.random.default_rng(0)
     without = list(generate(large, None, PROMPT, alone, rng))
     assert without == list(generate(large, pair, PROMPT, alone, rng))
     assert without != list(generate(large, pair, PROMPT, settings, rng))
+
+
+def test_the_place_of_the_first_new_token_decides_which_share_it_gets(large, pair):
+    """Share 1 at place 3 alone: the first token is the tuned small LM's there, and the large model's elsewhere."""
+    rule = SteeringRule(0.0, ((3, 1.0), (4, 0.0)))
+    settings = DecodingSettings(rule=rule, max_new_tokens=1)
+    (there,), (elsewhere,) = (list(generate(large, pair, PROMPT, settings, None, place)) for place in (3, 4))
+    _, tuned = next(pair.score([pair.token_map.to_small(PROMPT)]))
+    assert pair.token_map.to_small([there]) == [int(tuned[-1].argmax())]
+    assert elsewhere == int(next(large.score([PROMPT]))[-1].argmax())
+    assert there != elsewhere
+    with pytest.raises(ConfigError, match="first_place is -1"):
+        generate(large, pair, PROMPT, settings, None, -1)
 
 
 def test_it_ends_before_an_end_token_which_is_not_yielded(large, pair):
@@ -85,26 +106,24 @@ def test_it_ends_before_an_end_token_which_is_not_yielded(large, pair):
 
             return Running()
 
-    settings = DecodingSettings(alpha=0.5, max_new_tokens=10)
+    settings = DecodingSettings(rule=LINEAR, max_new_tokens=10)
     assert list(generate(Scripted(), pair, PROMPT, settings, np.random.default_rng(0))) == [11, 12]
 
 
 def test_what_cannot_work_is_refused_before_the_first_token(large, pair):
     rng = np.random.default_rng(0)
     with pytest.raises(ConfigError, match="no small LM"):
-        generate(large, None, PROMPT, DecodingSettings(alpha=0.5, max_new_tokens=1), rng)
+        generate(large, None, PROMPT, DecodingSettings(rule=LINEAR, max_new_tokens=1), rng)
     with pytest.raises(BlackBoxError, match="black box's context of 64"):
-        generate(large, pair, PROMPT, DecodingSettings(alpha=0.5, max_new_tokens=61), rng)
+        generate(large, pair, PROMPT, DecodingSettings(rule=LINEAR, max_new_tokens=61), rng)
     pair._config.max_position_embeddings = 10
     with pytest.raises(ModelError, match="small LM's context of 10"):
-        generate(large, pair, PROMPT, DecodingSettings(alpha=0.5, max_new_tokens=7), rng)
+        generate(large, pair, PROMPT, DecodingSettings(rule=LINEAR, max_new_tokens=7), rng)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"alpha": math.nan},
-        {"alpha": math.inf},
         {"max_new_tokens": 0},
         {"temperature": -0.1},
         {"temperature": math.nan},
@@ -117,7 +136,7 @@ def test_what_cannot_work_is_refused_before_the_first_token(large, pair):
 )
 def test_settings_out_of_range_are_refused_by_name(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
-        DecodingSettings(**({"alpha": 0.5, "max_new_tokens": 5} | change))
+        DecodingSettings(**({"rule": LINEAR, "max_new_tokens": 5} | change))
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
@@ -127,7 +146,7 @@ def test_sampling_follows_the_tempered_truncated_distribution(temperature, top_p
     weights = logprobs.double().div(temperature).exp().numpy()
     weights /= weights.sum()
     kept = {(1.0, 1.0): [0, 1, 2, 3, 4], (0.5, 1.0): [0, 1, 2, 3, 4], (1.0, 0.6): [1, 3]}[temperature, top_p]
-    settings = DecodingSettings(alpha=0, max_new_tokens=1, temperature=temperature, top_p=top_p)
+    settings = DecodingSettings(rule=ALONE, max_new_tokens=1, temperature=temperature, top_p=top_p)
     rng = np.random.default_rng(5)
     counts = np.bincount([choose_token(logprobs, settings, rng) for _ in range(20_000)], minlength=5)
     assert set(np.flatnonzero(counts)) == set(kept)
@@ -136,7 +155,7 @@ def test_sampling_follows_the_tempered_truncated_distribution(temperature, top_p
 
 
 def test_an_excluded_token_is_never_chosen_and_the_lowest_id_wins_a_tie():
-    settings = DecodingSettings(alpha=0, max_new_tokens=1, temperature=100.0)
+    settings = DecodingSettings(rule=ALONE, max_new_tokens=1, temperature=100.0)
     logprobs = torch.tensor([-math.inf, 0.0, -math.inf])
     rng = np.random.default_rng(0)
     assert {choose_token(logprobs, settings, rng) for _ in range(100)} == {1}

@@ -12,10 +12,12 @@ import torch
 
 from fedpt_secure.errors import BlackBoxError, ConfigError, DataError, ModelError
 from fedpt_secure.proxy import distillation
-from fedpt_secure.proxy.arithmetic import restricted_logprobs, shifted_logprobs
+from fedpt_secure.proxy.arithmetic import restricted_logprobs
 from fedpt_secure.proxy.distillation import PublicAnswers, PublicText, ask_black_box, distil
+from fedpt_secure.proxy.steering import SteeringRule, steered_logprobs
 
-SETTINGS = {"alpha": 0.5, "steps": 12, "learning_rate": 0.02, "seed": 4, "batch_sequences": 4}
+RULE = SteeringRule(alpha=0.5, shares=((0, 0.7), (2, 0.2)))
+SETTINGS = {"rule": RULE, "steps": 12, "learning_rate": 0.02, "seed": 4, "batch_sequences": 4}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,8 @@ def test_the_measured_divergence_is_that_of_the_definition(large, pair, text, an
     ids = text.sequences[index]
     base, tuned = next(pair.score([token_map.to_small(ids)]))
     (dense,) = large.score([ids])
-    proxied = shifted_logprobs(dense.double(), base.double(), tuned.double(), token_map, 0.5)
+    places = torch.arange(len(dense))
+    proxied = steered_logprobs(dense.double(), base.double(), tuned.double(), token_map, RULE, places)
     teacher = restricted_logprobs(proxied, token_map)
     expected = (teacher.exp() * (teacher - tuned.double())).sum(-1).mean().item()
     report = distil(model, answers, **SETTINGS)
@@ -91,7 +94,7 @@ def test_the_teacher_is_the_aggregate_as_it_came_not_as_it_is_changed(pair, answ
         return teachers[-1]
 
     monkeypatch.setattr(distillation, "_Teacher", recording)
-    fresh = original(pair._model, answers, 0.5, range(12)).logprobs
+    fresh = original(pair._model, answers, RULE, range(12)).logprobs
     distil(pair._model, answers, **SETTINGS)
     assert len(teachers) == 1
     for index, logprobs in teachers[0].logprobs.items():
@@ -157,7 +160,6 @@ def test_public_text_needs_a_source_and_something_to_measure_on(source, sequence
 @pytest.mark.parametrize(
     "change",
     [
-        {"alpha": math.nan},
         {"steps": 0},
         {"learning_rate": 0.0},
         {"learning_rate": math.inf},
