@@ -1,4 +1,4 @@
-"""Held-out loss of the four arms, and how well it is known."""
+"""Held-out loss of the four arms, how well it is known, and the large model tuned directly as their ceiling."""
 
 from fedpt_secure.evaluation.bootstrap import (
     Estimate,
@@ -8,15 +8,22 @@ from fedpt_secure.evaluation.bootstrap import (
     perplexity,
     ratio_interval,
 )
-from fedpt_secure.evaluation.held_out import ArmsEvaluation, evaluate_arms
+from fedpt_secure.evaluation.ceiling import Ceiling, ceiling_digest, tune_ceiling
+from fedpt_secure.evaluation.direct_lora import DirectSettings
+from fedpt_secure.evaluation.held_out import ArmsEvaluation, black_box_losses, evaluate_arms
 
 __all__ = [
     "ArmsEvaluation",
+    "Ceiling",
+    "DirectSettings",
     "Estimate",
+    "black_box_losses",
     "bootstrap_rng",
+    "ceiling_digest",
     "evaluate_arms",
     "fraction_improved",
     "improvement_interval",
     "perplexity",
     "ratio_interval",
+    "tune_ceiling",
 ]

@@ -114,6 +114,39 @@ def evaluate_arms(
     )
 
 
+def black_box_losses(
+    examples: Sequence[Example], black_box: BlackBoxLM, progress: Progress = SILENT, *, name: str = "held-out loss"
+) -> FloatVector:
+    """Negative log-likelihood of each record's judged tokens under one black box, in nats: float64 `[records]`.
+
+    The same figure as `ArmsEvaluation.large_base`, for a model that stands alone (the directly tuned one).
+
+    Args:
+        examples: at least one; each with a token to judge.
+        black_box: must score whole texts over the full vocabulary.
+        progress: a bar that counts judged tokens.
+        name: of the bar.
+
+    Raises:
+        DataError: there are no examples, or one has no token to judge.
+        BlackBoxError: the black box misbehaves, or gives a held-out token probability 0.
+    """
+    _check(examples)
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].ids))
+    sums = np.zeros(len(examples))
+    answers = guard(black_box).score([examples[index].ids[:-1] for index in order])
+    total = sum(len(example.ids) - example.loss_from for example in examples)
+    with progress.task(name, total, unit="tokens") as task:
+        for index, answer in zip(order, answers, strict=True):
+            example = examples[index]
+            judged = answer[example.loss_from - 1 :]
+            targets = torch.tensor(example.ids[example.loss_from :], device=judged.device)
+            _check_support(judged, targets)
+            sums[index] = -float(judged.gather(-1, targets[:, None]).double().sum())
+            task.advance(len(targets))
+    return sums
+
+
 def _token_logprobs(
     large: Tensor,
     base: Tensor,

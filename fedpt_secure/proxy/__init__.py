@@ -18,7 +18,7 @@ from fedpt_secure.proxy.distillation import (
     ask_black_box,
     distil,
 )
-from fedpt_secure.proxy.local_transformers import LocalTransformersLM
+from fedpt_secure.proxy.local_transformers import LocalTransformersLM, load_causal_lm
 from fedpt_secure.proxy.small_pair import SmallPair, SmallSession
 from fedpt_secure.proxy.steering import (
     SteeringRule,
@@ -46,6 +46,7 @@ __all__ = [
     "distil",
     "generate",
     "guard",
+    "load_causal_lm",
     "restricted_logprobs",
     "shifted_logprobs",
     "shifted_token_logprobs",

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -47,10 +49,11 @@ class LocalTransformersLM:
             (docs/proxy.md has the figures), so it is chosen by name only.
         batch_tokens: positions per forward pass; bounds the memory to about `8 * batch_tokens * V` bytes beside the
             weights.
+        adapter: directory of a LoRA adapter in PEFT's format that is merged into the weights: a model tuned directly.
 
     Raises:
-        ModelError: files are missing or corrupt, weights are absent or of another shape, or the output layer is
-            narrower than the vocabulary.
+        ModelError: files are missing or corrupt, weights are absent or of another shape, the adapter does not fit, or
+            the output layer is narrower than the vocabulary.
     """
 
     def __init__(
@@ -60,9 +63,10 @@ class LocalTransformersLM:
         *,
         dtype: Literal["float32", "bfloat16"] = "float32",
         batch_tokens: int = 1024,
+        adapter: Path | None = None,
     ) -> None:
         self._vocabulary = Vocabulary.from_file(path / "tokenizer.json")
-        model = _load(path, _DTYPES[dtype])
+        model = load_causal_lm(path, _DTYPES[dtype], adapter=adapter)
         width = model.get_output_embeddings().weight.shape[0]
         if width < self._vocabulary.size:
             raise ModelError(
@@ -123,8 +127,12 @@ class _LocalSession:
         self._continuation.append(ids)
 
 
-def _load(path: Path, dtype: torch.dtype) -> Any:
-    """The model of a directory, complete or not at all."""
+def load_causal_lm(path: Path, dtype: torch.dtype, *, adapter: Path | None = None) -> Any:
+    """The model of a directory, complete or not at all; with a LoRA adapter merged in where one is given.
+
+    Raises:
+        ModelError: files are missing or corrupt, weights are absent or of another shape, or the adapter does not fit.
+    """
     hint = "copy or convert the model again; it needs config.json and *.safetensors"
     try:
         with _quiet_transformers():
@@ -147,7 +155,23 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
             raise ModelError(
                 f"the weights in {path} are incomplete: {what.replace('_', ' ')}, first {first}", hint=hint
             )
-    return model
+    return model if adapter is None else _merged(model, adapter)
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    """The model with a LoRA adapter added to its weights."""
+    try:
+        with warnings.catch_warnings():
+            # PEFT reads a name that Transformers deprecates.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            # A key the adapter lacks or has too much is a warning of PEFT's; here it means another model.
+            warnings.filterwarnings("error", "Found missing adapter keys", UserWarning)
+            return PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"the adapter in {adapter} does not fit the language model: {reason}", hint="it belongs to another model"
+        ) from error
 
 
 @contextmanager
