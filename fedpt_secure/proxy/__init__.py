@@ -19,6 +19,7 @@ from fedpt_secure.proxy.distillation import (
     distil,
 )
 from fedpt_secure.proxy.local_transformers import LocalTransformersLM, load_causal_lm
+from fedpt_secure.proxy.restated_session import RestatedSession
 from fedpt_secure.proxy.small_pair import SmallPair, SmallSession
 from fedpt_secure.proxy.steering import (
     SteeringRule,
@@ -38,6 +39,7 @@ __all__ = [
     "LocalTransformersLM",
     "PublicAnswers",
     "PublicText",
+    "RestatedSession",
     "Session",
     "SmallPair",
     "SmallSession",

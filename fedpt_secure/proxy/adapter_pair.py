@@ -15,7 +15,7 @@ from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.proxy.causal_lm import (
     CachedContinuation,
     context_length,
-    keeps_last_logits,
+    forward_keywords,
     log_distribution,
     score_batches,
 )
@@ -50,7 +50,7 @@ class AdapterPair:
         self._token_map = token_map
         self._batch_tokens = batch_tokens
         self._config = base.config
-        self._last_only = keeps_last_logits(base)
+        self._keywords = forward_keywords(base)
 
     @property
     def token_map(self) -> TokenMap:
@@ -85,7 +85,7 @@ class AdapterPair:
         """
         self._check(prompts)
         base, tuned = (
-            CachedContinuation(forward, self._config, prompts, device=self._model.device, last_only=self._last_only)
+            CachedContinuation(forward, self._config, prompts, device=self._model.device, keywords=self._keywords)
             for forward in (self._base, self._tuned)
         )
         return _AdapterSession(base, tuned, self._token_map.small_vocabulary_size, self._room(prompts))

@@ -34,6 +34,8 @@ class Capabilities:
         prompt_logprobs: one call scores every position of a text; else a text of n tokens costs n calls.
         logit_bias: the API adds offsets of the caller's to the logits before it samples.
         context_length: the most tokens of prompt and continuation together.
+        draft_scoring: a session scores several tokens a row in one call (`Session.score_draft`).
+        remote: answers come from another process or machine, so that waiting for them leaves this one free.
     """
 
     full_vocabulary: bool
@@ -41,16 +43,39 @@ class Capabilities:
     prompt_logprobs: bool
     logit_bias: bool
     context_length: int
+    draft_scoring: bool = False
+    remote: bool = False
 
 
 class Session(Protocol):
-    """A batch of continuations in progress. Rows advance together, one token each."""
+    """A batch of continuations in progress, one row each. Rows may come and go; the order of the others stays.
+
+    A row's answers do not depend on the other rows, beyond rounding. `restated_session.RestatedSession` is a ready
+    implementation for an API without state.
+    """
 
     def logprobs(self) -> Tensor:
         """Log-probabilities of each row's next token: float32 `[batch, V]`."""
 
     def append(self, ids: Sequence[int]) -> None:
         """Extend every row by one token, `len(ids) == batch`."""
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Add a row per prompt, none empty, behind the present ones."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, at least one, each named once, in this order; forget the others."""
+
+    def score_draft(self, drafts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Score a continuation of each row without deciding on it: one call, whatever the lengths (0 is allowed).
+
+        Returns, for each row, float32 `[len(draft) + 1, V]`: the log-probabilities of the token at the place of each
+        draft token, then of the token behind the draft. `keep` must be the next call. Only where
+        `Capabilities.draft_scoring`.
+        """
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """After `score_draft`: make the first `counts[row]` draft tokens of each row part of it; drop the others."""
 
 
 @runtime_checkable
@@ -112,9 +137,7 @@ class GuardedBlackBox:
         """`BlackBoxLM.start`, checked."""
         self._require_full_vocabulary("decoding")
         self._check_sequences(prompts)
-        return _GuardedSession(
-            self._inner.start(prompts), max(map(len, prompts)), len(prompts), self.capabilities, self.vocabulary
-        )
+        return _GuardedSession(self._inner.start(prompts), list(map(len, prompts)), self)
 
     def _checked_scores(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         answers = iter(self._inner.score(sequences))
@@ -143,31 +166,85 @@ class GuardedBlackBox:
 
 
 class _GuardedSession:
-    def __init__(
-        self, inner: Session, length: int, batch: int, capabilities: Capabilities, vocabulary: Vocabulary
-    ) -> None:
+    """A session whose requests and answers are checked; `lengths` counts the tokens of each row."""
+
+    def __init__(self, inner: Session, lengths: list[int], box: GuardedBlackBox) -> None:
         self._inner = inner
-        self._length = length
-        self._batch = batch
-        self._capabilities = capabilities
-        self._vocabulary = vocabulary
+        self._lengths = lengths
+        self._box = box
+        self._draft: list[int] | None = None
 
     def logprobs(self) -> Tensor:
+        self._require_no_draft()
         answer = self._inner.logprobs()
-        check_logprobs(answer, rows=self._batch, vocabulary_size=self._vocabulary.size)
+        check_logprobs(answer, rows=len(self._lengths), vocabulary_size=self._box.vocabulary.size)
         return answer
 
     def append(self, ids: Sequence[int]) -> None:
-        if len(ids) != self._batch:
-            raise BlackBoxError(f"{len(ids)} tokens were appended to {self._batch} continuations")
-        if self._length >= self._capabilities.context_length:
+        self._require_no_draft()
+        self._require_a_value_per_row(len(ids), "tokens")
+        self._require_room([1] * len(ids))
+        _check_ids(ids, self._box.vocabulary)
+        self._inner.append(ids)
+        self._lengths = [length + 1 for length in self._lengths]
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        self._require_no_draft()
+        self._box._check_sequences(prompts)
+        self._inner.join(prompts)
+        self._lengths += map(len, prompts)
+
+    def select(self, rows: Sequence[int]) -> None:
+        self._require_no_draft()
+        if not rows or len(set(rows)) != len(rows) or not all(0 <= row < len(self._lengths) for row in rows):
+            raise BlackBoxError(f"rows {list(rows)} are not some of the {len(self._lengths)} continuations, each once")
+        self._inner.select(rows)
+        self._lengths = [self._lengths[row] for row in rows]
+
+    def score_draft(self, drafts: Sequence[Sequence[int]]) -> list[Tensor]:
+        self._require_no_draft()
+        if not self._box.capabilities.draft_scoring:
             raise BlackBoxError(
-                f"the continuation would pass the black box's context of {self._capabilities.context_length} tokens",
+                "this black box cannot score several tokens of a continuation in one call",
+                hint="decode without speculation, one call per token",
+            )
+        self._require_a_value_per_row(len(drafts), "drafts")
+        self._require_room(list(map(len, drafts)))
+        for draft in drafts:
+            _check_ids(draft, self._box.vocabulary)
+        answers = self._inner.score_draft(drafts)
+        if len(answers) != len(drafts):
+            raise BlackBoxError(f"the black box scored {len(answers)} of {len(drafts)} drafts")
+        for draft, answer in zip(drafts, answers, strict=True):
+            check_logprobs(answer, rows=len(draft) + 1, vocabulary_size=self._box.vocabulary.size)
+        self._draft = list(map(len, drafts))
+        return answers
+
+    def keep(self, counts: Sequence[int]) -> None:
+        if self._draft is None:
+            raise BlackBoxError("there is no scored draft to keep tokens of")
+        self._require_a_value_per_row(len(counts), "counts")
+        if not all(0 <= count <= length for count, length in zip(counts, self._draft, strict=True)):
+            raise BlackBoxError(f"{list(counts)} tokens cannot be kept of drafts of {self._draft}")
+        self._inner.keep(counts)
+        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        self._draft = None
+
+    def _require_no_draft(self) -> None:
+        if self._draft is not None:
+            raise BlackBoxError("a draft was scored and nothing said about it", hint="call `keep` first")
+
+    def _require_a_value_per_row(self, given: int, what: str) -> None:
+        if given != len(self._lengths):
+            raise BlackBoxError(f"{given} {what} were given for {len(self._lengths)} continuations")
+
+    def _require_room(self, added: Sequence[int]) -> None:
+        most = self._box.capabilities.context_length
+        if any(length + more > most for length, more in zip(self._lengths, added, strict=True)):
+            raise BlackBoxError(
+                f"the continuation would pass the black box's context of {most} tokens",
                 hint="ask for fewer new tokens or give a shorter prompt",
             )
-        _check_ids(ids, self._vocabulary)
-        self._inner.append(ids)
-        self._length += 1
 
 
 def guard(black_box: BlackBoxLM) -> GuardedBlackBox:

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
+
+from fedpt_secure.errors import ModelError
+from fedpt_secure.proxy.row_cache import RowCache, layer_count
 
 Forward = Callable[..., Any]
 """A model's forward: keyword arguments of Transformers in, an output with `.logits` `[batch, seq, width]` out."""
@@ -19,6 +22,8 @@ Forward = Callable[..., Any]
 _UNLIMITED_CONTEXT = 1 << 20
 # Small enough that the temporaries stay in cache and are reused; buffers of 128 rows cost 2-3 times as much on a CPU.
 _ROWS_NORMALISED_AT_ONCE = 16
+# Columns that no row uses any more, before the cache is copied to be rid of them.
+_IDLE_COLUMNS = 64
 
 
 def score_batches(
@@ -56,15 +61,20 @@ def log_distribution(logits: Tensor, size: int) -> Tensor:
 class CachedContinuation:
     """A batch of continuations of one model, each position computed once.
 
-    Prompts of different lengths are padded on the left, masked out, and their positions counted from the first real
-    token, so a row's logits do not depend on the other rows.
+    Rows of different lengths lie flush right in the cache, are masked out to their left, and count their positions from
+    their own first token, so a row's logits do not depend on the other rows.
 
     Args:
-        forward: the model; called with `past_key_values`.
-        config: its configuration (which layers keep how much).
+        forward: the model; called with a cache.
+        config: its configuration.
         prompts: at least one, none empty.
         device: where the model lies.
-        last_only: the forward takes `logits_to_keep` (`keeps_last_logits`).
+        keywords: what the forward takes (`forward_keywords`).
+        copies: how many rows each layer computes per row of the batch, layer by layer, never falling; the logits have
+            as many as the last. By default one everywhere.
+
+    Raises:
+        ModelError: the model keeps something else than keys and values.
     """
 
     def __init__(
@@ -74,44 +84,157 @@ class CachedContinuation:
         prompts: Sequence[Sequence[int]],
         *,
         device: torch.device,
-        last_only: bool,
+        keywords: frozenset[str],
+        copies: Sequence[int] | None = None,
     ) -> None:
         self._forward = forward
+        self._config = config
         self._device = device
-        self._options = {"logits_to_keep": 1} if last_only else {}
-        self._cache = DynamicCache(config=config)
-        longest = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.int64)
-            mask[row, longest - len(prompt) :] = 1
-        self._mask = mask.to(device)
-        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        self._logits = self._run(ids.to(device), positions)
+        self._keywords = keywords
+        self._copies = list(copies) if copies is not None else [1] * layer_count(config)
+        self._cache = RowCache(self._copies)
+        self._lengths = [0] * len(prompts)
+        self._blocks: list[int] = []
+        self._scored: Tensor | None = None
+        self._logits = self._advance(prompts)
 
     @property
     def logits(self) -> Tensor:
-        """The logits after the last token of each row, `[batch, width]`."""
+        """The logits after the last token of each row, `[copies * batch, width]`, copy by copy."""
         return self._logits
+
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each row."""
+        return list(self._lengths)
 
     def append(self, ids: Sequence[int]) -> None:
         """Extend each row by one token."""
-        column = torch.as_tensor(ids, dtype=torch.int64, device=self._device)[:, None]
-        self._mask = torch.cat([self._mask, torch.ones_like(column)], dim=1)
-        self._logits = self._run(column, self._mask.sum(dim=1, keepdim=True) - 1)
+        self._logits = self._advance([[token] for token in ids])
 
-    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        output = self._forward(
-            input_ids=ids,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            **self._options,
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Add a row per prompt behind the present ones."""
+        added = CachedContinuation(
+            self._forward,
+            self._config,
+            prompts,
+            device=self._device,
+            keywords=self._keywords,
+            copies=self._copies,
         )
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        for mine, theirs in zip(self._cache.row_layers, added._cache.row_layers, strict=True):
+            mine.join(theirs)
+        logits = [self._by_copy(side) for side in (self._logits, added._logits)]
+        self._logits = torch.cat(logits, dim=1).flatten(0, 1)
+        self._lengths += added._lengths
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self._device)
+        batch = len(self._lengths)
+        self._lengths = [self._lengths[row] for row in rows]
+        first = self._cache.columns - max(self._lengths)
+        for layer in self._cache.row_layers:
+            layer.select(index, batch, first)
+        self._logits = self._by_copy(self._logits)[:, index].flatten(0, 1)
+
+    def score(self, blocks: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits after each row's last token and after each token of its block, `[copies, len(block) + 1, width]`.
+
+        The next call must be `keep`.
+        """
+        before = self._by_copy(self._logits)
+        if any(blocks):
+            self._scored = self._by_copy(self._run(blocks, range(max(map(len, blocks)))))
+        else:
+            self._blocks = [0] * len(blocks)
+            self._scored = before[:, :, None][:, :, :0]
+        return [
+            torch.cat([before[:, row, None], self._scored[:, row, : len(block)]], dim=1)
+            for row, block in enumerate(blocks)
+        ]
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Keep the first tokens of each scored block, forget the others."""
+        if self._scored is None:
+            raise ModelError("nothing was scored, so there is nothing to keep")
+        logits = self._by_copy(self._logits).clone()
+        for row, count in enumerate(counts):
+            if count:
+                logits[:, row] = self._scored[:, row, count - 1]
+        self._logits, self._scored = logits.flatten(0, 1), None
+        self._settle(counts)
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Forget each row's last tokens. What comes after them is unknown until every row is extended again."""
+        # Seen from the columns before all that is forgotten anywhere, each row has a block of which a part stays.
+        longest = max(counts)
+        self._blocks = [longest] * len(counts)
+        self._lengths = [length - longest for length in self._lengths]
+        self._settle([longest - count for count in counts])
+
+    def _advance(self, blocks: Sequence[Sequence[int]]) -> Tensor:
+        """Take in a block of at least one token per row; the logits after its last token, `[copies * batch, width]`."""
+        last = [len(block) - 1 for block in blocks]
+        columns = sorted(set(last))
+        logits = self._run(blocks, columns)
+        self._settle([len(block) for block in blocks])
+        if len(columns) == 1:
+            return logits[:, 0]
+        place = torch.tensor([columns.index(column) for column in last], device=self._device)
+        rows = torch.arange(len(last), device=self._device)
+        return self._by_copy(logits)[:, rows, place].flatten(0, 1)
+
+    def _run(self, blocks: Sequence[Sequence[int]], columns: Sequence[int]) -> Tensor:
+        """Logits after the given columns of the blocks, `[copies * batch, len(columns), width]`."""
+        widths = [len(block) for block in blocks]
+        longest, before = max(widths), self._cache.columns
+        ids = torch.zeros(len(blocks), longest, dtype=torch.int64)
+        positions = torch.zeros_like(ids)
+        for row, (block, length) in enumerate(zip(blocks, self._lengths, strict=True)):
+            ids[row, : len(block)] = torch.as_tensor(block, dtype=torch.int64)
+            # The padding repeats the last position: one more might be past the model's context.
+            positions[row] = (length + torch.arange(longest)).clamp(max=length + len(block) - 1)
+        mask: Tensor | None = None
+        if min(widths) < longest or min(self._lengths) < before:
+            column = torch.arange(before + longest)
+            starts = before - torch.tensor(self._lengths)[:, None]
+            ends = before + torch.tensor(widths)[:, None]
+            mask = ((column >= starts) & (column < ends)).long().to(self._device)
+        every = len(columns) == longest
+        # Transformers 5.24 calls the cache by another name.
+        options: dict[str, Any] = {"cache" if "cache" in self._keywords else "past_key_values": self._cache}
+        picks = not every and "logits_to_keep" in self._keywords
+        if picks:
+            options["logits_to_keep"] = torch.tensor(columns, device=self._device)
+        output = self._forward(
+            input_ids=ids.to(self._device),
+            attention_mask=mask,
+            position_ids=positions.to(self._device),
+            use_cache=True,
+            **options,
+        )
+        self._blocks = widths
+        logits: Tensor = output.logits
+        return logits if every or picks else logits[:, list(columns)]
+
+    def _settle(self, counts: Sequence[int]) -> None:
+        """Of each row's block in the last columns keep the first `count` tokens; put the rows flush right again."""
+        kept, batch = max(counts), len(counts)
+        before = self._cache.columns - max(self._blocks)
+        for row, count in enumerate(counts):
+            if count < kept:
+                first = before - self._lengths[row]
+                for layer in self._cache.row_layers:
+                    layer.shift(row, batch, first=first, last=before + count, by=kept - count)
+        self._cache.truncate(before + kept)
+        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        if self._cache.columns - max(self._lengths) > _IDLE_COLUMNS:
+            self.select(range(batch))
+
+    def _by_copy(self, rows: Tensor) -> Tensor:
+        """`[copies * batch, ...]` as `[copies, batch, ...]`."""
+        return rows.reshape(self._copies[-1], -1, *rows.shape[1:])
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -120,9 +243,10 @@ def context_length(config: PreTrainedConfig) -> int:
     return int(limit) if limit else _UNLIMITED_CONTEXT
 
 
-def keeps_last_logits(model: torch.nn.Module) -> bool:
-    """Whether the model can compute the last position's logits alone, which saves memory on long prompts."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+def forward_keywords(model: torch.nn.Module) -> frozenset[str]:
+    """The keyword arguments of a model's forward. With `logits_to_keep` it can leave out logits nobody reads, which
+    saves memory on long prompts."""
+    return frozenset(inspect.signature(model.forward).parameters)
 
 
 def _batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[Sequence[int]]]:

@@ -27,7 +27,7 @@ from fedpt_secure.proxy.black_box import Capabilities
 from fedpt_secure.proxy.causal_lm import (
     CachedContinuation,
     context_length,
-    keeps_last_logits,
+    forward_keywords,
     log_distribution,
     score_batches,
 )
@@ -76,13 +76,14 @@ class LocalTransformersLM:
         self._model = model.to(device).eval().requires_grad_(False)
         self._device = device
         self._batch_tokens = batch_tokens
-        self._last_only = keeps_last_logits(model)
+        self._keywords = forward_keywords(model)
         self._capabilities = Capabilities(
             full_vocabulary=True,
             largest_top_k=self._vocabulary.size,
             prompt_logprobs=True,
             logit_bias=False,
             context_length=context_length(model.config),
+            draft_scoring=True,
         )
 
     @property
@@ -106,12 +107,12 @@ class LocalTransformersLM:
         if not prompts or not all(prompts):
             raise BlackBoxError("a continuation needs a prompt of at least one token")
         continuation = CachedContinuation(
-            self._forward, self._model.config, prompts, device=self._device, last_only=self._last_only
+            self._forward, self._model.config, prompts, device=self._device, keywords=self._keywords
         )
         return _LocalSession(continuation, self._vocabulary.size)
 
     def _forward(self, **inputs: Any) -> Any:
-        with torch.inference_mode():
+        with torch.no_grad():  # answers of inference mode could not be changed in place by whoever gets them
             return self._model(**inputs)
 
 
@@ -125,6 +126,18 @@ class _LocalSession:
 
     def append(self, ids: Sequence[int]) -> None:
         self._continuation.append(ids)
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        self._continuation.join(prompts)
+
+    def select(self, rows: Sequence[int]) -> None:
+        self._continuation.select(rows)
+
+    def score_draft(self, drafts: Sequence[Sequence[int]]) -> list[Tensor]:
+        return [log_distribution(logits[0], self._size) for logits in self._continuation.score(drafts)]
+
+    def keep(self, counts: Sequence[int]) -> None:
+        self._continuation.keep(counts)
 
 
 def load_causal_lm(path: Path, dtype: torch.dtype, *, adapter: Path | None = None) -> Any:

@@ -11,6 +11,7 @@ import torch
 from fedpt_secure.errors import BlackBoxError
 from fedpt_secure.lm.vocabulary import Vocabulary
 from fedpt_secure.proxy.black_box import BlackBoxLM, Capabilities, GuardedBlackBox, check_logprobs, guard
+from fedpt_secure.proxy.restated_session import RestatedSession
 
 SIZE = 5
 DENSE = Capabilities(full_vocabulary=True, largest_top_k=SIZE, prompt_logprobs=True, logit_bias=False, context_length=6)
@@ -141,7 +142,7 @@ def test_a_request_that_makes_no_sense_never_reaches_the_black_box(sequences, me
 
 def test_a_continuation_past_the_context_or_of_the_wrong_width_is_refused():
     session = guard(Uniform()).start([[0] * 5, [0]])
-    with pytest.raises(BlackBoxError, match="1 tokens were appended to 2"):
+    with pytest.raises(BlackBoxError, match="1 tokens were given for 2"):
         session.append([0])
     with pytest.raises(BlackBoxError, match="id 9"):
         session.append([0, 9])
@@ -166,3 +167,73 @@ def test_asking_for_more_than_the_api_can_do_names_the_alternative():
 def test_the_interface_offers_log_probabilities_and_nothing_of_the_inside():
     offered = {name for name in dir(GuardedBlackBox) if not name.startswith("_")}
     assert offered == {"capabilities", "vocabulary", "score", "start"}
+
+
+class Drafted(Uniform):
+    """Scores drafts; `count` answers, whatever was asked."""
+
+    def __init__(self, *, count=None, spoil=lambda answer: answer):
+        super().__init__(dataclasses.replace(DENSE, draft_scoring=True), spoil)
+        self.count = count
+
+    def start(self, prompts):
+        def tails(texts, counts):
+            answers = [self._rows(count) for count in counts]
+            return answers if self.count is None else (answers * 2)[: self.count]
+
+        return RestatedSession(prompts, lambda texts: self._rows(len(texts)), tails)
+
+
+def test_rows_come_and_go_and_their_room_is_counted_one_by_one():
+    session = guard(Drafted()).start([[0] * 5])
+    session.join([[1], [2, 3]])
+    assert session.logprobs().shape == (3, SIZE)
+    session.append([0, 0, 0])
+    with pytest.raises(BlackBoxError, match="context of 6"):
+        session.append([0, 0, 0])
+    session.select([2, 1])
+    session.score_draft([[0] * 3, [1] * 4])
+    session.keep([2, 0])
+    session.append([0, 0])
+    with pytest.raises(BlackBoxError, match="context of 6"):
+        session.score_draft([[0], []])
+    for rows in ([], [0, 0], [2], [-1]):
+        with pytest.raises(BlackBoxError, match="are not some of the 2 continuations"):
+            session.select(rows)
+    with pytest.raises(BlackBoxError, match="sequence 0 is empty"):
+        session.join([[]])
+
+
+def test_a_draft_must_be_scored_before_tokens_of_it_are_kept_and_settled_before_anything_else():
+    session = guard(Drafted()).start([[0], [1]])
+    with pytest.raises(BlackBoxError, match="no scored draft"):
+        session.keep([0, 0])
+    with pytest.raises(BlackBoxError, match="1 drafts were given for 2"):
+        session.score_draft([[0]])
+    with pytest.raises(BlackBoxError, match="id 5"):
+        session.score_draft([[0], [5]])
+    assert [tuple(scores.shape) for scores in session.score_draft([[0, 1], []])] == [(3, SIZE), (1, SIZE)]
+    for ask in (
+        session.logprobs,
+        lambda: session.append([0, 0]),
+        lambda: session.select([0]),
+        lambda: session.join([[0]]),
+        lambda: session.score_draft([[], []]),
+    ):
+        with pytest.raises(BlackBoxError, match="nothing said about it"):
+            ask()
+    for counts in ([3, 0], [0, 1], [-1, 0]):
+        with pytest.raises(BlackBoxError, match="cannot be kept"):
+            session.keep(counts)
+    session.keep([1, 0])
+    assert session.logprobs().shape == (2, SIZE)
+
+
+def test_a_draft_is_not_sent_where_it_cannot_be_scored_and_bad_scores_do_not_get_through():
+    with pytest.raises(BlackBoxError, match="several tokens") as caught:
+        guard(Uniform()).start([[0]]).score_draft([[1]])
+    assert "without speculation" in caught.value.hint
+    with pytest.raises(BlackBoxError, match="scored 1 of 2"):
+        guard(Drafted(count=1)).start([[0], [1]]).score_draft([[1], [1]])
+    with pytest.raises(BlackBoxError, match="position 1 is not a distribution"):
+        guard(Drafted(spoil=lambda a: spoiled(1, 0, 0.0)(a) if len(a) > 1 else a)).start([[0]]).score_draft([[1]])
