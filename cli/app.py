@@ -14,6 +14,8 @@ from fedpt_secure.cli.fetch import fetch
 from fedpt_secure.cli.generate import generate
 from fedpt_secure.cli.keys import keys
 from fedpt_secure.cli.ledger import ledger
+from fedpt_secure.cli.report import compare, report
+from fedpt_secure.cli.sweep import sweep
 from fedpt_secure.cli.train import train
 
 app = typer.Typer(
@@ -29,6 +31,9 @@ app.command()(train)
 app.command()(generate)
 app.command()(fetch)
 app.command()(account)
+app.command()(sweep)
+app.command()(report)
+app.command()(compare)
 app.add_typer(keys)
 app.add_typer(crypto)
 app.add_typer(ledger)
