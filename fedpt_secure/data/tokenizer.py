@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from fedpt_secure.data.token_bytes import TokenBytes
 from fedpt_secure.errors import ModelError
 
 
@@ -49,3 +50,7 @@ class TextTokenizer:
     def text(self, ids: Sequence[int]) -> str:
         """The text of some ids, control tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token_bytes(self) -> TokenBytes:
+        """The bytes that each id stands for."""
+        return TokenBytes(self._tokenizer)

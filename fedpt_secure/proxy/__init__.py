@@ -18,7 +18,10 @@ from fedpt_secure.proxy.distillation import (
     ask_black_box,
     distil,
 )
+from fedpt_secure.proxy.http_transport import ApiRefusal, ApiUsage, HttpTransport, TransportSettings
+from fedpt_secure.proxy.llama_cpp import LlamaCppSource
 from fedpt_secure.proxy.local_transformers import LocalTransformersLM, load_causal_lm
+from fedpt_secure.proxy.openai_api import OpenAISource
 from fedpt_secure.proxy.restated_session import RestatedSession
 from fedpt_secure.proxy.small_pair import SmallPair, SmallSession
 from fedpt_secure.proxy.steering import (
@@ -28,22 +31,33 @@ from fedpt_secure.proxy.steering import (
     steered_logprobs,
     steered_token_logprobs,
 )
+from fedpt_secure.proxy.top_logprobs import TopLogprobs
+from fedpt_secure.proxy.top_source import RemoteLM, TopSource
 
 __all__ = [
     "AdapterPair",
+    "ApiRefusal",
+    "ApiUsage",
     "BlackBoxLM",
     "Capabilities",
     "DecodingSettings",
     "DistillationReport",
     "GuardedBlackBox",
+    "HttpTransport",
+    "LlamaCppSource",
     "LocalTransformersLM",
+    "OpenAISource",
     "PublicAnswers",
     "PublicText",
+    "RemoteLM",
     "RestatedSession",
     "Session",
     "SmallPair",
     "SmallSession",
     "SteeringRule",
+    "TopLogprobs",
+    "TopSource",
+    "TransportSettings",
     "ask_black_box",
     "distil",
     "generate",

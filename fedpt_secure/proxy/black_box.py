@@ -30,12 +30,19 @@ class Capabilities:
 
     Attributes:
         full_vocabulary: answers hold the log-probability of every token.
-        largest_top_k: the most tokens a truncated answer can hold; the vocabulary's size where there is no limit.
+        largest_top_k: the most tokens a truncated answer can hold; the vocabulary's size where there is no limit, 0
+            where the API gives no log-probabilities.
         prompt_logprobs: one call scores every position of a text; else a text of n tokens costs n calls.
         logit_bias: the API adds offsets of the caller's to the logits before it samples.
         context_length: the most tokens of prompt and continuation together.
         draft_scoring: a session scores several tokens a row in one call (`Session.score_draft`).
         remote: answers come from another process or machine, so that waiting for them leaves this one free.
+        stepwise_scoring: texts are scored all the same where `prompt_logprobs` is false, at that price.
+        largest_batch: the most texts a session may hold; None for no limit, 1 where there is no batching.
+        largest_bias: how many tokens a logit bias may name.
+        token_scores: the API says how likely a token of the caller's choice is.
+        exact_tokens: how many tokens of an answer are the API's own; the others are filled in (`proxy/completed.py`).
+            None where all are.
     """
 
     full_vocabulary: bool
@@ -45,6 +52,11 @@ class Capabilities:
     context_length: int
     draft_scoring: bool = False
     remote: bool = False
+    stepwise_scoring: bool = False
+    largest_batch: int | None = None
+    largest_bias: int = 0
+    token_scores: bool = False
+    exact_tokens: int | None = None
 
 
 class Session(Protocol):
@@ -125,7 +137,7 @@ class GuardedBlackBox:
     def score(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """`BlackBoxLM.score`, checked."""
         self._require_full_vocabulary("scoring a text")
-        if not self.capabilities.prompt_logprobs:
+        if not (self.capabilities.prompt_logprobs or self.capabilities.stepwise_scoring):
             raise BlackBoxError(
                 "this black box cannot score the positions of a given text",
                 hint="use an API with prompt log-probabilities, or `start` and `append`, one call per token",
@@ -137,6 +149,7 @@ class GuardedBlackBox:
         """`BlackBoxLM.start`, checked."""
         self._require_full_vocabulary("decoding")
         self._check_sequences(prompts)
+        self._require_batch(len(prompts))
         return _GuardedSession(self._inner.start(prompts), list(map(len, prompts)), self)
 
     def _checked_scores(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
@@ -150,12 +163,28 @@ class GuardedBlackBox:
         if next(answers, None) is not None:
             raise BlackBoxError(f"the black box gave more answers than the {len(sequences)} sequences asked about")
 
+    def _require_batch(self, rows: int) -> None:
+        most = self.capabilities.largest_batch
+        if most is not None and rows > most:
+            raise BlackBoxError(
+                f"{rows} continuations were asked for at once; this black box takes {most}",
+                hint="start one session after the other",
+            )
+
     def _require_full_vocabulary(self, purpose: str) -> None:
+        if self.capabilities.largest_top_k == 0:
+            raise BlackBoxError(
+                f"{purpose} needs log-probabilities; this black box returns none",
+                hint="`generate_biased` steers it by its logit bias"
+                if self.capabilities.logit_bias
+                else "use an API that returns log-probabilities (a local model, llama.cpp, vLLM)",
+            )
         if not self.capabilities.full_vocabulary:
             raise BlackBoxError(
                 f"{purpose} needs every token's log-probability;"
                 f" this black box returns the {self.capabilities.largest_top_k} most likely at most",
-                hint="use an API that returns the full vocabulary (a local model, llama.cpp)",
+                hint="use an API that returns the full vocabulary (a local model, llama.cpp), or fill the rest in by"
+                " the small LM's shape (`CompletedLM`)",
             )
 
     def _check_sequences(self, sequences: Sequence[Sequence[int]]) -> None:
@@ -191,6 +220,7 @@ class _GuardedSession:
     def join(self, prompts: Sequence[Sequence[int]]) -> None:
         self._require_no_draft()
         self._box._check_sequences(prompts)
+        self._box._require_batch(len(self._lengths) + len(prompts))
         self._inner.join(prompts)
         self._lengths += map(len, prompts)
 

@@ -162,6 +162,21 @@ def test_asking_for_more_than_the_api_can_do_names_the_alternative():
         stepwise.score([[0]])
     assert "start" in caught.value.hint
     stepwise.start([[0]])
+    single = guard(Uniform(dataclasses.replace(DENSE, largest_batch=2)))
+    session = single.start([[0], [1]])
+    for ask in (lambda: single.start([[0]] * 3), lambda: session.join([[0]])):
+        with pytest.raises(BlackBoxError, match="this black box takes 2") as caught:
+            ask()
+        assert "one session after the other" in caught.value.hint
+    silent = guard(Uniform(dataclasses.replace(DENSE, largest_top_k=0, full_vocabulary=False)))
+    with pytest.raises(BlackBoxError, match="returns none") as caught:
+        silent.start([[0]])
+    assert "llama.cpp" in caught.value.hint
+
+
+def test_texts_are_scored_step_by_step_where_the_adapter_says_so():
+    patient = guard(Uniform(dataclasses.replace(DENSE, prompt_logprobs=False, stepwise_scoring=True)))
+    assert [tuple(answer.shape) for answer in patient.score([[0, 1]])] == [(2, SIZE)]
 
 
 def test_the_interface_offers_log_probabilities_and_nothing_of_the_inside():

@@ -1,0 +1,503 @@
+"""Any server with OpenAI's `/v1/completions` as a black box: vLLM, llama.cpp, vendors.
+
+The format is spoken in dialects, told apart when the connection is made (`/v1/models` names its owner, a probe shows
+the rest):
+
+| | ids of the answer's tokens | log-probabilities of the prompt |
+| --- | --- | --- |
+| vLLM | `token_id:N` on request | `prompt_logprobs` |
+| llama.cpp | beside each token | none |
+| others | by the token's bytes | `echo` with `logprobs`, where it works |
+
+Prompts are sent as token ids, so the server's own template and tokenizer never touch them. Where an answer names tokens
+by text, a text that several tokens share (fragments of a character) is no token, and its mass is left to the tail.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from fedpt_secure.data.token_bytes import TokenBytes
+from fedpt_secure.data.tokenizer import TextTokenizer
+from fedpt_secure.errors import BlackBoxError, ConfigError, ModelError
+from fedpt_secure.lm.vocabulary import Vocabulary
+from fedpt_secure.proxy.black_box import Capabilities
+from fedpt_secure.proxy.http_transport import ApiRefusal, ApiUsage, HttpTransport
+from fedpt_secure.proxy.top_logprobs import TopLogprobs
+from fedpt_secure.proxy.vocabulary_check import probe_text, require_same_ids
+
+Dialect = Literal["vllm", "llamacpp", "other"]
+
+LARGEST_BIAS = 100.0
+LARGEST_BIAS_TOKENS = 300
+"""OpenAI's limits of `logit_bias`: offsets within +-100, for this many tokens."""
+USUAL_TOP_K: Mapping[Dialect, int | None] = {"vllm": 20, "llamacpp": None, "other": 5}
+"""What servers grant unless they were started otherwise; None for the whole vocabulary."""
+
+_TEXTS_AT_ONCE = 32
+_BYTES_PER_ENTRY = 512
+_ANSWER_BYTES = 64 << 10
+_TOKEN_ID = re.compile(r"token_id:(\d{1,9})")
+_BYTES = re.compile(r"bytes:((?:\\x[0-9a-fA-F]{2})+)")
+_PROBE_TOKENS = 16
+
+
+class _Content(msgspec.Struct):
+    """llama.cpp's entries, in the style of chat completions."""
+
+    logprob: float
+    id: int | None = None
+    top_logprobs: list[_Content] = []
+
+
+class _Logprobs(msgspec.Struct):
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+    content: list[_Content] | None = None
+
+
+class _PromptEntry(msgspec.Struct):
+    logprob: float
+    decoded_token: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    text: str = ""
+    logprobs: _Logprobs | None = None
+    prompt_logprobs: list[dict[str, _PromptEntry] | None] | None = None
+
+
+class _UsageField(msgspec.Struct):
+    prompt_tokens: int | None = None
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_Choice]
+    usage: _UsageField | None = None
+
+
+class _Meta(msgspec.Struct):
+    n_ctx: int | None = None
+
+
+class _Model(msgspec.Struct):
+    id: str
+    owned_by: str | None = None
+    max_model_len: int | None = None
+    meta: _Meta | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+_decode: Callable[[bytes], _Completion] = msgspec.json.Decoder(_Completion).decode
+
+
+class OpenAISource:
+    """`TopSource` over `/v1/completions`. Made by `connect`, which finds out what the server is and can do."""
+
+    def __init__(
+        self,
+        transport: HttpTransport,
+        vocabulary: Vocabulary,
+        tokens: TokenBytes,
+        *,
+        model: str,
+        dialect: Dialect,
+        top_k: int,
+        prompt_logprobs: bool,
+        context_length: int,
+    ) -> None:
+        self._transport = transport
+        self._vocabulary = vocabulary
+        self._tokens = tokens
+        self._model = model
+        self._url = transport.endpoint.url
+        self.dialect: Dialect = dialect
+        self._echo = prompt_logprobs and dialect == "other"
+        self._capabilities = Capabilities(
+            full_vocabulary=top_k >= vocabulary.size,
+            largest_top_k=top_k,
+            prompt_logprobs=prompt_logprobs,
+            stepwise_scoring=top_k > 0,
+            draft_scoring=prompt_logprobs,
+            token_scores=prompt_logprobs,
+            logit_bias=True,
+            largest_bias=LARGEST_BIAS_TOKENS,
+            context_length=context_length,
+            remote=True,
+        )
+
+    @classmethod
+    def connect(
+        cls,
+        transport: HttpTransport,
+        vocabulary: Vocabulary,
+        tokenizer: TextTokenizer,
+        *,
+        top_k: int | None = None,
+        context_length: int | None = None,
+    ) -> OpenAISource:
+        """Find the model, the dialect and what it can do; check that its tokens are ours.
+
+        Args:
+            top_k: how many log-probabilities a position are asked for; None for what such servers usually grant, 0
+                where the API has none and is steered by its logit bias.
+            context_length: of the model; None to ask the server, which not every one tells.
+
+        Raises:
+            BlackBoxError: no such API answers there, or not that many log-probabilities.
+            ConfigError: the model has to be named, or the context length.
+            ModelError: the server's vocabulary is another one; the first differing tokens are named.
+        """
+        model, dialect, context = _identify(transport)
+        usual = USUAL_TOP_K[dialect]
+        wanted = vocabulary.size if usual is None else usual
+        if top_k is not None:
+            wanted = min(top_k, vocabulary.size)
+        if (context_length or context) is None:
+            raise ConfigError(
+                f"the server at {transport.endpoint.url} does not tell its context length",
+                hint="set api.context_length to the model's",
+            )
+        source = cls(
+            transport,
+            vocabulary,
+            tokenizer.token_bytes(),
+            model=model,
+            dialect=dialect,
+            top_k=wanted,
+            prompt_logprobs=dialect != "llamacpp",
+            context_length=context_length or context or 0,
+        )
+        return source._settled(tokenizer)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the probe found."""
+        return self._capabilities
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's, checked against the server's."""
+        return self._vocabulary
+
+    @property
+    def usage(self) -> ApiUsage:
+        """What was sent so far."""
+        return self._transport.usage
+
+    @property
+    def model_name(self) -> str:
+        """As the server calls it."""
+        return self._model
+
+    def close(self) -> None:
+        """Close connections."""
+        self._transport.close()
+
+    def next_tokens(self, texts: Sequence[Sequence[int]], top_k: int) -> list[TopLogprobs]:
+        """`TopSource.next_tokens`."""
+        self._require(top_k)
+        answers: list[TopLogprobs] = []
+        for first in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = [list(text) for text in texts[first : first + _TEXTS_AT_ONCE]]
+            for choice in self._complete(some, logprobs=top_k, positions=len(some)):
+                answers.append(self._generated(choice, top_k))
+        return answers
+
+    def last_positions(self, text: Sequence[int], count: int, top_k: int) -> list[TopLogprobs]:
+        """`TopSource.last_positions`: one call where the server has log-probabilities of prompts."""
+        self._require(top_k)
+        if not self._capabilities.prompt_logprobs:
+            return self.next_tokens([text[:end] for end in range(len(text) - count + 1, len(text) + 1)], top_k)
+        options: dict[str, Any] = {"echo": True} if self._echo else {"prompt_logprobs": top_k}
+        (choice,) = self._complete([list(text)], logprobs=top_k, positions=len(text) + 1, **options)
+        first = len(text) - count + 1  # predicted from the token before it
+        inner = [self._at(choice, place, len(text), top_k) for place in range(first, len(text))]
+        return [*inner, self._generated(choice, top_k, place=len(text) if self._echo else 0)]
+
+    def token_scores(self, text: Sequence[int], candidates: Sequence[int]) -> list[float]:
+        """`TopSource.token_scores`: each candidate behind the text, as the last token of a prompt."""
+        if not self._capabilities.token_scores:
+            raise BlackBoxError("this API scores no tokens of the caller's choice", hint="raise api.top_k")
+        options: dict[str, Any] = {"echo": True} if self._echo else {"prompt_logprobs": 0}
+        scores = []
+        for first in range(0, len(candidates), _TEXTS_AT_ONCE):
+            some = candidates[first : first + _TEXTS_AT_ONCE]
+            texts = [[*text, candidate] for candidate in some]
+            # The reply of `logprobs=1` is needed by echo only; the fresh token is not looked at.
+            choices = self._complete(texts, logprobs=1, positions=2 * sum(map(len, texts)), **options)
+            for candidate, choice in zip(some, choices, strict=True):
+                scores.append(self._own_score(choice, len(text), candidate))
+        return scores
+
+    def biased_token(self, text: Sequence[int], bias: dict[int, float], *, temperature: float, top_p: float) -> int:
+        """`TopSource.biased_token`."""
+        if len(bias) > LARGEST_BIAS_TOKENS:
+            raise BlackBoxError(
+                f"a logit bias of {len(bias)} tokens was asked for; this API takes {LARGEST_BIAS_TOKENS}",
+                hint="bias the most moved tokens only",
+            )
+        clamped = {str(token): max(-LARGEST_BIAS, min(LARGEST_BIAS, offset)) for token, offset in bias.items()}
+        options: dict[str, Any] = {"logit_bias": clamped, "temperature": temperature, "top_p": top_p}
+        # vLLM and llama.cpp tell the id; another server may have no log-probabilities at all, and tells the text.
+        (choice,) = self._complete(
+            [list(text)], logprobs=None if self.dialect == "other" else 1, positions=1, **options
+        )
+        if choice.logprobs is not None and choice.logprobs.content:
+            token = choice.logprobs.content[0].id
+        elif self.dialect == "vllm" and choice.logprobs is not None and choice.logprobs.tokens:
+            token = self._id_of(choice.logprobs.tokens[0])
+        else:
+            ids = self._tokens.ids_of(choice.text.encode())
+            token = ids[0] if len(ids) == 1 else None
+        if token is None or not 0 <= token < self._vocabulary.size:
+            raise BlackBoxError(
+                f"the API chose {choice.text!r}, which is not exactly one token of ours",
+                hint="this server cannot be steered token by token; one that returns token ids can (vLLM, llama.cpp)",
+            )
+        return token
+
+    def _settled(self, tokenizer: TextTokenizer) -> OpenAISource:
+        """The source as it is used: with what a probe of known ids shows."""
+        text = probe_text(tokenizer, self._tokens)
+        self._check_cut(text, tokenizer.ids(text))
+        probe = [self._vocabulary.separator_id, *tokenizer.ids(text)[:_PROBE_TOKENS]]
+        top_k = self._capabilities.largest_top_k
+        prompt_logprobs = self._capabilities.prompt_logprobs and top_k > 0
+        if prompt_logprobs:
+            try:
+                self.last_positions(probe, len(probe), top_k)
+            except ApiRefusal as refusal:
+                if self.dialect != "other":
+                    raise _too_many(top_k, refusal) from refusal
+                prompt_logprobs = False
+            except _NoLogprobs:
+                prompt_logprobs = False
+        if not prompt_logprobs and top_k > 0:
+            try:
+                self.next_tokens([probe], top_k)
+            except ApiRefusal as refusal:
+                raise _too_many(top_k, refusal) from refusal
+            except _NoLogprobs:
+                top_k = 0
+        return OpenAISource(
+            self._transport,
+            self._vocabulary,
+            self._tokens,
+            model=self._model,
+            dialect=self.dialect,
+            top_k=top_k,
+            prompt_logprobs=prompt_logprobs,
+            context_length=self._capabilities.context_length,
+        )
+
+    def _check_cut(self, text: str, ours: Sequence[int]) -> None:
+        """By the server's own tokenizer where it shows it (vLLM, llama.cpp), else by its count of the text's tokens."""
+        server = f"the server at {self._url}"
+        if self.dialect != "other":
+            body = {"content": text, "prompt": text, "model": self._model, "add_special_tokens": False}
+            try:
+                theirs = self._transport.post(
+                    f"{self._transport.endpoint.origin}/tokenize",
+                    body,
+                    msgspec.json.Decoder(_Tokens).decode,
+                    largest_answer_bytes=_ANSWER_BYTES + 32 * len(text),
+                ).result()
+            except ApiRefusal as refusal:
+                if refusal.status not in (404, 405):
+                    raise
+            else:
+                require_same_ids(ours, theirs.tokens, self._tokens, server=server)
+                return
+        body = {"model": self._model, "prompt": text, "max_tokens": 1, "temperature": 0.0}
+        completion = self._ask(body, limit=_ANSWER_BYTES, prompt_tokens=len(ours))
+        counted = completion.usage.prompt_tokens if completion.usage else None
+        if counted is not None and counted not in (len(ours), len(ours) + 1):
+            raise ModelError(
+                f"{server} counts {counted} tokens in a probe text of {len(ours)}: its tokenizer is another one",
+                hint="give the tokenizer the server's model was published with (--large-tokenizer)",
+            )
+
+    def _complete(
+        self, texts: list[list[int]], *, logprobs: int | None, positions: int, **options: Any
+    ) -> list[_Choice]:
+        """One request for a token after each text; choices in the order of the texts."""
+        body: dict[str, Any] = {
+            "model": self._model,
+            "prompt": texts if len(texts) > 1 else texts[0],
+            "max_tokens": 1,
+            "temperature": 0.0,
+        }
+        if logprobs is not None:
+            body["logprobs"] = logprobs
+        if self.dialect == "vllm":
+            body["return_tokens_as_token_ids"] = True
+        entries = positions * ((logprobs or 0) + 2)
+        completion = self._ask(
+            body | options,
+            limit=len(texts) * _ANSWER_BYTES + entries * _BYTES_PER_ENTRY,
+            prompt_tokens=sum(map(len, texts)),
+        )
+        by_index = {choice.index: choice for choice in completion.choices}
+        if sorted(by_index) != list(range(len(texts))) or len(completion.choices) != len(texts):
+            raise BlackBoxError(f"the API gave {len(completion.choices)} choices for {len(texts)} prompts")
+        return [by_index[index] for index in range(len(texts))]
+
+    def _ask(self, body: Mapping[str, Any], *, limit: int, prompt_tokens: int) -> _Completion:
+        return self._transport.post(
+            f"{self._url}/completions", body, _decode, largest_answer_bytes=limit, prompt_tokens=prompt_tokens
+        ).result()
+
+    def _require(self, top_k: int) -> None:
+        if top_k > self._capabilities.largest_top_k:
+            raise BlackBoxError(
+                f"{top_k} log-probabilities a position were asked for;"
+                f" this API gives {self._capabilities.largest_top_k}",
+                hint="ask for fewer and fill the rest in by the small LM's shape (`CompletedLM`)",
+            )
+
+    def _generated(self, choice: _Choice, top_k: int, *, place: int = 0) -> TopLogprobs:
+        """The distribution of the fresh token."""
+        logprobs = choice.logprobs
+        if logprobs is None or (logprobs.content is None and logprobs.top_logprobs is None):
+            raise _NoLogprobs("the API returned no log-probabilities")
+        if logprobs.content is not None:
+            if not logprobs.content:
+                raise BlackBoxError("the API returned the log-probabilities of no position")
+            entries = logprobs.content[0].top_logprobs
+            if any(entry.id is None for entry in entries):
+                raise BlackBoxError("the API's log-probabilities name no token ids")
+            ids = [-1 if entry.id is None else entry.id for entry in entries]
+            return self._checked(ids, [entry.logprob for entry in entries], top_k, strict=True)
+        return self._by_name(logprobs.top_logprobs or [], place, top_k)
+
+    def _at(self, choice: _Choice, place: int, length: int, top_k: int) -> TopLogprobs:
+        """The distribution of the prompt token at `place`."""
+        if self._echo:
+            logprobs = choice.logprobs
+            if logprobs is None or logprobs.top_logprobs is None:
+                raise _NoLogprobs("the API returned no log-probabilities of the prompt")
+            if len(logprobs.top_logprobs) != length + 1:
+                raise _NoLogprobs(f"the API scored {len(logprobs.top_logprobs)} positions of {length + 1}")
+            return self._by_name(logprobs.top_logprobs, place, top_k)
+        scored = choice.prompt_logprobs
+        if scored is None:
+            raise _NoLogprobs("the API returned no log-probabilities of the prompt")
+        entries = scored[place] if len(scored) == length else None
+        if entries is None:
+            raise BlackBoxError(f"the API scored {len(scored)} positions of a prompt of {length}, one of them absent")
+        return self._checked(
+            [_number(name) for name in entries], [entry.logprob for entry in entries.values()], top_k, strict=True
+        )
+
+    def _own_score(self, choice: _Choice, place: int, token: int) -> float:
+        """The log-probability of the prompt's own token at `place`."""
+        value: float | None = None
+        if self._echo and choice.logprobs is not None and choice.logprobs.token_logprobs is not None:
+            scores = choice.logprobs.token_logprobs
+            value = scores[place] if place < len(scores) else None
+        elif choice.prompt_logprobs is not None and place < len(choice.prompt_logprobs):
+            entry = (choice.prompt_logprobs[place] or {}).get(str(token))
+            value = entry.logprob if entry is not None else None
+        if value is None:
+            raise BlackBoxError(f"the API did not score token {token} where it was asked to")
+        return float(TopLogprobs.checked([token], [value], asked=1, vocabulary_size=self._vocabulary.size).logprobs[0])
+
+    def _by_name(self, places: Sequence[Mapping[str, float] | None], place: int, top_k: int) -> TopLogprobs:
+        entries = places[place] if place < len(places) else None
+        if entries is None:
+            raise BlackBoxError(f"the API returned the log-probabilities of {len(places)} positions, {place} not among")
+        ranked = sorted(entries.items(), key=lambda entry: -entry[1])
+        named = [(self._id_of(name), logprob) for name, logprob in ranked]
+        lossless = all(token is not None for token, _ in named)
+        if not lossless:
+            # Texts that fall together leave room where the text's own token, added last, would pass as a likely one.
+            named = named[: min(top_k, len(named) - 1)]
+        known = [(token, logprob) for token, logprob in named if token is not None]
+        if not known:
+            raise BlackBoxError(
+                f"none of the API's {len(entries)} tokens is one of ours, the first being {next(iter(entries), '')!r}",
+                hint="give the tokenizer the server's model was published with (--large-tokenizer)",
+            )
+        return self._checked([token for token, _ in known], [logprob for _, logprob in known], top_k, strict=lossless)
+
+    def _id_of(self, name: str) -> int | None:
+        """The id a name in an answer means; None for a text that is no single token of ours.
+
+        Raises:
+            BlackBoxError: a whole text that no token of ours stands for.
+        """
+        if match := _TOKEN_ID.fullmatch(name):
+            return int(match[1])
+        content = bytes.fromhex(match[1].replace("\\x", "")) if (match := _BYTES.fullmatch(name)) else name.encode()
+        ids = self._tokens.ids_of(content)
+        if not ids and "\ufffd" not in name:
+            raise BlackBoxError(
+                f"the API answered with the token {name!r}, which our tokenizer does not have",
+                hint="give the tokenizer the server's model was published with (--large-tokenizer)",
+            )
+        return ids[0] if len(ids) == 1 else None
+
+    def _checked(self, ids: Sequence[int], logprobs: Sequence[float], top_k: int, *, strict: bool) -> TopLogprobs:
+        return TopLogprobs.checked(ids, logprobs, asked=top_k, vocabulary_size=self._vocabulary.size, strict=strict)
+
+
+class _NoLogprobs(BlackBoxError):
+    """An answer without the log-probabilities that were asked for."""
+
+
+def _identify(transport: HttpTransport) -> tuple[str, Dialect, int | None]:
+    """The model's name, the server's dialect, and the context length where the server tells it."""
+    url, wanted = transport.endpoint.url, transport.endpoint.model
+    try:
+        models = (
+            transport.get(f"{url}/models", msgspec.json.Decoder(_Models).decode, largest_answer_bytes=4 << 20)
+            .result()
+            .data
+        )
+    except ApiRefusal as refusal:
+        if refusal.status not in (404, 405):
+            raise
+        models = []
+    found = next((model for model in models if model.id == wanted), None)
+    if wanted is None:
+        if len(models) != 1:
+            names = ", ".join(repr(model.id) for model in models[:5]) or "it does not say which"
+            raise ConfigError(
+                f"the server at {url} has {len(models)} models: {names}", hint=f"name one: openai:{url}#model-name"
+            )
+        found = models[0]
+    elif models and found is None:
+        names = ", ".join(repr(model.id) for model in models[:5])
+        raise ConfigError(f"the server at {url} has no model {wanted!r}; it has {names}", hint="check the name")
+    if found is None:
+        return str(wanted), "other", None
+    owners: dict[str, Dialect] = {"vllm": "vllm", "llamacpp": "llamacpp"}
+    context = found.max_model_len or (found.meta.n_ctx if found.meta else None)
+    return found.id, owners.get(found.owned_by or "", "other"), context
+
+
+def _number(name: str) -> int:
+    if not name.isdecimal() or len(name) > 9:
+        raise BlackBoxError(f"the API names a token {name!r} where an id was expected")
+    return int(name)
+
+
+def _too_many(top_k: int, refusal: ApiRefusal) -> BlackBoxError:
+    return BlackBoxError(
+        f"{refusal.message} (asked for {top_k} log-probabilities a position)",
+        hint="set api.top_k to what the server grants (vLLM: --max-logprobs)",
+    )
