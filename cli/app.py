@@ -15,6 +15,7 @@ from fedpt_secure.cli.generate import generate
 from fedpt_secure.cli.keys import keys
 from fedpt_secure.cli.ledger import ledger
 from fedpt_secure.cli.report import compare, report
+from fedpt_secure.cli.serve import serve
 from fedpt_secure.cli.sweep import sweep
 from fedpt_secure.cli.train import train
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(generate)
+app.command()(serve)
 app.command()(fetch)
 app.command()(account)
 app.command()(sweep)

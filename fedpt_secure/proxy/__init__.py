@@ -10,7 +10,7 @@ from fedpt_secure.proxy.arithmetic import (
     tuning_shift,
 )
 from fedpt_secure.proxy.black_box import BlackBoxLM, Capabilities, GuardedBlackBox, Session, guard
-from fedpt_secure.proxy.decoding import DecodingSettings, generate
+from fedpt_secure.proxy.decoding import DecodingSettings, choose_token, generate
 from fedpt_secure.proxy.distillation import (
     DistillationReport,
     PublicAnswers,
@@ -59,6 +59,7 @@ __all__ = [
     "TopSource",
     "TransportSettings",
     "ask_black_box",
+    "choose_token",
     "distil",
     "generate",
     "guard",

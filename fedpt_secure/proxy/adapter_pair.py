@@ -88,21 +88,17 @@ class AdapterPair:
             CachedContinuation(forward, self._config, prompts, device=self._model.device, keywords=self._keywords)
             for forward in (self._base, self._tuned)
         )
-        return _AdapterSession(base, tuned, self._token_map.small_vocabulary_size, self._room(prompts))
+        return _AdapterSession(base, tuned, self._token_map.small_vocabulary_size, self)
 
     def _check(self, sequences: Sequence[Sequence[int]]) -> None:
         if not sequences or not all(sequences):
             raise ModelError("the small LM was given an empty text", hint="open every text with the separator token")
-        self._room(sequences)
-
-    def _room(self, sequences: Sequence[Sequence[int]]) -> int:
         longest = max(map(len, sequences))
         if longest > self.context_length:
             raise ModelError(
                 f"a text of {longest} tokens is longer than the small LM's context of {self.context_length}",
                 hint="cut the text to a shorter context length",
             )
-        return self.context_length - longest
 
     def _base(self, **inputs: Any) -> Any:
         with torch.no_grad(), evaluating(self._model), adapter_off(self._model):
@@ -114,24 +110,32 @@ class AdapterPair:
 
 
 class _AdapterSession:
-    def __init__(self, base: CachedContinuation, tuned: CachedContinuation, size: int, room: int) -> None:
+    def __init__(self, base: CachedContinuation, tuned: CachedContinuation, size: int, pair: AdapterPair) -> None:
         self._base = base
         self._tuned = tuned
         self._size = size
-        self._room = room
+        self._pair = pair
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
         return log_distribution(self._base.logits, self._size), log_distribution(self._tuned.logits, self._size)
 
     def append(self, ids: Sequence[int]) -> None:
-        if self._room == 0:
+        if max(self._base.lengths) >= self._pair.context_length:
             raise ModelError(
                 "the continuation would pass the small LM's context",
                 hint="ask for fewer new tokens or give a shorter prompt",
             )
-        self._base.append(ids)
-        self._tuned.append(ids)
-        self._room -= 1
+        for side in (self._base, self._tuned):
+            side.append(ids)
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        self._pair._check(prompts)
+        for side in (self._base, self._tuned):
+            side.join(prompts)
+
+    def select(self, rows: Sequence[int]) -> None:
+        for side in (self._base, self._tuned):
+            side.select(rows)
 
 
 @contextmanager

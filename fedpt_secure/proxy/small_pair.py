@@ -11,13 +11,22 @@ from fedpt_secure.lm.token_map import TokenMap
 
 
 class SmallSession(Protocol):
-    """A batch of continuations in progress, in small token ids, in step with the large model's session."""
+    """A batch of continuations in progress, in small token ids, in step with the large model's session.
+
+    As there (`black_box.Session`), rows may come and go, and a row's answers do not depend on the others.
+    """
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
         """Base and tuned log-probabilities of each row's next token: float32 `[batch, v]` each."""
 
     def append(self, ids: Sequence[int]) -> None:
         """Extend every row by one small token."""
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Add a row per prompt, none empty, behind the present ones."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, at least one, each named once, in this order; forget the others."""
 
 
 class SmallPair(Protocol):

@@ -1,0 +1,135 @@
+"""A finished run as something that answers: models, names, text in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedpt_secure.data import Cache
+from fedpt_secure.data.tokenizer import TextTokenizer
+from fedpt_secure.errors import RunDirectoryError
+from fedpt_secure.federation import RunDirectory
+from fedpt_secure.federation.setup import load_models
+from fedpt_secure.lm.vocabulary import load_tokenizer
+from fedpt_secure.progress import Progress
+from fedpt_secure.proxy import SteeringRule
+from fedpt_secure.serving.batch_engine import BatchEngine
+from fedpt_secure.serving.chat import ChatFormat, Message, load_chat_format
+from fedpt_secure.serving.engine import Arm, Engine
+from fedpt_secure.serving.errors import ApiError
+from fedpt_secure.serving.token_text import TokenText
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids to continue, and the place of the first new token in its text (`proxy.steering`)."""
+
+    ids: tuple[int, ...]
+    first_place: int
+
+
+@dataclass(frozen=True)
+class ServedRun:
+    """What the HTTP side needs of a run.
+
+    Attributes:
+        rule: how the run steers.
+        created: when the run was finished, seconds since 1970.
+        privacy: the content of `privacy.json`; None for a run that has not been finished.
+        engine: computes; used by one thread.
+        tokenizer: cuts prompts; no text becomes a control token.
+        token_text: reads answers.
+        chat: the large model's chat format; None where it has none.
+        vocabulary_size: of the large model.
+    """
+
+    rule: SteeringRule
+    created: int
+    privacy: dict[str, Any] | None
+    engine: Engine
+    tokenizer: TextTokenizer
+    token_text: TokenText
+    chat: ChatFormat | None
+    vocabulary_size: int
+
+    def rule_at(self, alpha: float | None) -> SteeringRule:
+        """The run's rule, with another weight of the shift where one is given."""
+        return self.rule if alpha is None else replace(self.rule, alpha=alpha)
+
+    def text_prompt(self, prompt: str) -> Prompt:
+        """A plain text to continue, opened by the separator as in training."""
+        ids = self.tokenizer.ids(prompt)
+        return Prompt((self.tokenizer.separator_id, *ids), first_place=len(ids))
+
+    def id_prompt(self, prompt: Sequence[int]) -> Prompt:
+        """Token ids of the caller's, as they are; a separator in front does not count as text.
+
+        Raises:
+            ApiError: there is none, or one is not in the vocabulary.
+        """
+        if not prompt:
+            raise ApiError(400, "a prompt of token ids is empty", param="prompt")
+        for token in prompt:
+            if not 0 <= token < self.vocabulary_size:
+                raise ApiError(
+                    400, f"{token} is not one of the model's {self.vocabulary_size} token ids", param="prompt"
+                )
+        return Prompt(tuple(prompt), first_place=len(prompt) - (prompt[0] == self.tokenizer.separator_id))
+
+    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
+        """A conversation in the large model's own chat format.
+
+        Raises:
+            ApiError: the model has none.
+            ConfigError: its template does not take these messages.
+        """
+        if self.chat is None:
+            raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
+        return Prompt(tuple(self.chat.ids(messages)), first_place=0)
+
+
+ARM_SUFFIXES: dict[str, Arm] = {"": "proxied", ":large": "large", ":small": "small"}
+
+
+def arm_of(model: str, name: str) -> Arm:
+    """Who answers under a model name of the API.
+
+    Raises:
+        ApiError: 404 for a name that is none.
+    """
+    arms = {name + suffix: arm for suffix, arm in ARM_SUFFIXES.items()}
+    if model not in arms:
+        raise ApiError(404, f"no such model; this server has {', '.join(arms)}", param="model", code="model_not_found")
+    return arms[model]
+
+
+def load_run(directory: RunDirectory, *, cache: Cache, progress: Progress) -> ServedRun:
+    """Load a run's models, the large one too.
+
+    Raises:
+        RunDirectoryError: the run has no checkpoint yet, or is damaged.
+        ModelError: weights, tokenizer or chat template cannot be used.
+        ConfigError: a setting of the run is not acceptable here.
+    """
+    config = directory.config()
+    checkpoint = directory.load_checkpoint()
+    if checkpoint is None:
+        raise RunDirectoryError(f"{directory.path} has no checkpoint yet", hint="let it finish a round first")
+    models = load_models(config, cache=cache, progress=progress)
+    models.small.load_adapter_vector(checkpoint.tensors["adapter"])
+    black_box = models.black_box(progress)
+    spelling = load_tokenizer(models.weights.path / "tokenizer.json")
+    spelling.no_truncation()
+    spelling.no_padding()
+    privacy_path = directory.path / "privacy.json"
+    return ServedRun(
+        rule=SteeringRule.of(config.proxy),
+        created=int((directory.path / "checkpoint" / "state.safetensors").stat().st_mtime),
+        privacy=directory.read_json(privacy_path) if privacy_path.exists() else None,
+        engine=BatchEngine(black_box, models.pair),
+        tokenizer=models.tokenizer,
+        token_text=TokenText(spelling),
+        chat=load_chat_format(models.weights.path, models.tokenizer, spelling),
+        vocabulary_size=black_box.vocabulary.size,
+    )

@@ -1,0 +1,120 @@
+"""From token ids to text as it grows, to the bytes of single tokens, and to the place where an answer stops."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from fedpt_secure.serving.engine import Choice
+
+
+class TokenText:
+    """The large model's tokenizer, read backwards.
+
+    Args:
+        tokenizer: the large model's; its control tokens have no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._is_byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.to_str())["decoder"])
+
+    def token(self, token: int) -> tuple[str, bytes]:
+        """The text of one token, with U+FFFD where it holds part of a character, and its bytes.
+
+        Control tokens are spelt out: they are reported as alternatives, never as part of an answer.
+        """
+        spelling = self._tokenizer.id_to_token(token) or ""
+        if self._is_byte_level and all(character in _BYTE_OF for character in spelling):
+            content = bytes(_BYTE_OF[character] for character in spelling)
+        else:
+            content = (self._tokenizer.decode([token], skip_special_tokens=False) or spelling).encode()
+        return content.decode(errors="replace"), content
+
+    def growing(self) -> GrowingText:
+        """An empty text to add tokens to."""
+        return GrowingText(self._tokenizer)
+
+
+class GrowingText:
+    """Decodes token by token; a character that is spread over several tokens comes with the last of them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; often its own, sometimes none."""
+        piece: str | None = self._stream.step(self._tokenizer, token)
+        return piece or ""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What may be shown now: some text and the choices that made it."""
+
+    text: str
+    choices: tuple[Choice, ...]
+
+
+class StopScanner:
+    """Holds text back while it could still turn out to be the beginning of a stop string.
+
+    Guarantees: the pieces' texts join to the whole text up to the first stop string, which is not part of it,
+    whatever way the text is cut into tokens; every choice that contributes to the text is in one piece.
+
+    Args:
+        stops: not empty strings.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self._choices: list[tuple[int, Choice]] = []  # how much of the held text there was before each choice
+        self.stopped = False
+
+    def add(self, text: str, choice: Choice) -> Piece:
+        """One choice and the text it completed; returns what is certain by now."""
+        self._choices.append((len(self._held), choice))
+        self._held += text
+        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._release(min(found), whole=True)
+        return self._release(len(self._held) - self._undecided())
+
+    def rest(self) -> Piece:
+        """What was held back when the answer ended without a stop string."""
+        return self._release(len(self._held), whole=True)
+
+    def _undecided(self) -> int:
+        """Length of the longest ending of the held text that begins a stop string."""
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if stop.startswith(self._held[-length:]):
+                    longest = length
+                    break
+        return longest
+
+    def _release(self, end: int, *, whole: bool = False) -> Piece:
+        text, self._held = self._held[:end], self._held[end:]
+        ready = [choice for place, choice in self._choices if place < end or (not self._held and place <= end)]
+        self._choices = [(place - end, choice) for place, choice in self._choices[len(ready) :]]
+        if whole:
+            self._held, self._choices = "", []
+        return Piece(text, tuple(ready))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: printable Latin-1 is itself, the rest moves behind U+0100."""
+    itself = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in itself]
+    return {chr(byte): byte for byte in itself} | {chr(256 + place): byte for place, byte in enumerate(moved)}
+
+
+_BYTE_OF = _byte_alphabet()
