@@ -9,6 +9,7 @@ import typer
 
 from fedpt_secure import __version__
 from fedpt_secure.cli.account import account
+from fedpt_secure.cli.audit import audit
 from fedpt_secure.cli.crypto_parameters import crypto
 from fedpt_secure.cli.fetch import fetch
 from fedpt_secure.cli.generate import generate
@@ -36,6 +37,7 @@ app.command()(account)
 app.command()(sweep)
 app.command()(report)
 app.command()(compare)
+app.command()(audit)
 app.add_typer(keys)
 app.add_typer(crypto)
 app.add_typer(ledger)

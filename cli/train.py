@@ -18,12 +18,13 @@ from fedpt_secure.cli.tables import print_summary
 from fedpt_secure.config import RunConfig, build, overlay, read_settings
 from fedpt_secure.errors import ConfigError
 
-DATA, MODELS, PRIVACY, FEDERATION, TUNING, OUTPUT = (
+DATA, MODELS, PRIVACY, FEDERATION, TUNING, AUDIT, OUTPUT = (
     "Data",
     "Models",
     "Privacy",
     "Federation",
     "Training and steering",
+    "For a later audit",
     "Run",
 )
 
@@ -137,6 +138,17 @@ def train(
     evaluation_records: int | None = typer.Option(
         None, help="Held-out records in the final report.", rich_help_panel=OUTPUT
     ),
+    canaries: int | None = typer.Option(
+        None, help="Plant this many records with a coin each, for `audit`'s bound of epsilon.", rich_help_panel=AUDIT
+    ),
+    secrets: int | None = typer.Option(
+        None,
+        help="Plant this many invented secrets for each of 1, 4 and 16 repetitions (extra: audit).",
+        rich_help_panel=AUDIT,
+    ),
+    record_server_view: bool | None = typer.Option(
+        None, "--record-server-view", help="Keep the masked vectors that the server receives.", rich_help_panel=AUDIT
+    ),
     config: Path | None = typer.Option(
         None,
         help="TOML file with any of the settings, also those without an option, nested as in a run's config.toml. "
@@ -198,6 +210,7 @@ def train(
             "training": {"local_steps": local_steps, "server_learning_rate": server_learning_rate},
             "proxy": {"alpha": alpha, "shares": parse_shares(shares), "distill_steps": distill_steps},
             "evaluation": {"records": evaluation_records},
+            "audit": {"canaries": canaries, "secrets": secrets, "record_server_view": record_server_view},
         }
         summary = _run(_given(settings), file=config, out=out, resume=resume, console=console)
     if json_output:

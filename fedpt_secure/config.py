@@ -276,6 +276,26 @@ class EvaluationConfig(Settings):
     bootstrap_samples: Annotated[int, Field(ge=200)] = 2000
 
 
+class AuditConfig(Settings):
+    """What is planted into the text, and kept, for a later `fedpt-secure audit`. None of it is part of the release.
+
+    A run with planted records is an audit's object: its adapter has been trained on them too.
+    """
+
+    canaries: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Records of random words, dealt to the clients, each trained on or not by a fair coin of its own (docs/audits.md).
+    The coins are kept for the auditor."""
+    secrets: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Invented personal records with a secret number, this many for each of 1, 4 and 16 repetitions."""
+    record_server_view: bool = False
+    """Keep what the server receives: every client's masked vectors, byte for byte."""
+
+    @property
+    def plants(self) -> bool:
+        """Whether records are added to the clients' own."""
+        return bool(self.canaries or self.secrets)
+
+
 def require_compatible(aggregator: str, privacy_mode: str) -> None:
     """Accept a way to sum updates and a privacy mode whose proof holds with it.
 
@@ -309,6 +329,16 @@ class RunConfig(Settings):
     training: TrainingConfig = TrainingConfig()
     proxy: ProxyConfig = ProxyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    audit: AuditConfig = AuditConfig()
+
+    @model_validator(mode="after")
+    def _canaries_are_units(self) -> RunConfig:
+        if self.audit.canaries and self.privacy.mode == "client":
+            raise ValueError(
+                "audit.canaries are records, and in mode client the unit is a client: their coins would bound another "
+                "epsilon than the one that is promised; plant them in mode local or distributed"
+            )
+        return self
 
     @model_validator(mode="after")
     def _proof_holds(self) -> RunConfig:

@@ -1,6 +1,7 @@
 """One run: client side, server side, the engine that carries bytes between them, and what a run leaves on disk."""
 
 from fedpt_secure.federation.aggregation import Aggregation, aggregation_of, privacy_document
+from fedpt_secure.federation.audit_record import load_planted, load_releases, load_server_view
 from fedpt_secure.federation.client import ClientTerms, ClientWorker
 from fedpt_secure.federation.continuation import continuations
 from fedpt_secure.federation.local_engine import Transcript, run_round
@@ -20,6 +21,9 @@ __all__ = [
     "Transcript",
     "aggregation_of",
     "continuations",
+    "load_planted",
+    "load_releases",
+    "load_server_view",
     "privacy_document",
     "run_round",
     "run_training",

@@ -85,8 +85,14 @@ class ClientWorker:
         roster: Roster,
         ledger: Ledger,
         randomness: ClientRandomness,
+        watch_release: Callable[[npt.NDArray[Any]], None] = lambda released: None,
     ) -> None:
-        """Join a run."""
+        """Join a run.
+
+        Args:
+            watch_release: told what the client releases, noise and all. For the audit of a simulation; a real client
+                has nobody to tell.
+        """
         self.client_id = client_id
         self._examples = tuple(examples)
         self._terms = terms
@@ -94,6 +100,7 @@ class ClientWorker:
         self._roster = roster
         self._ledger = ledger
         self._randomness = randomness
+        self._watch_release = watch_release
         self._announcement: Announcement | None = None
         self._protocol: AggregationClient | None = None
 
@@ -174,6 +181,7 @@ class ClientWorker:
         """
         announcement = self._announced
         released = self._release(announcement, small)
+        self._watch_release(released)
         with as_round_error(f"client {self.client_id}"):
             vector = self._terms.mechanism.to_ring(released, self._randomness.rounding(announcement.round_index))
             return self._active.mask(inbox, vector)

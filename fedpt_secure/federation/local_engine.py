@@ -56,6 +56,7 @@ def run_round(
     *,
     dropouts: Mapping[str, str],
     progress: Progress,
+    watch_message: Callable[[str, str, bytes], None] = lambda phase, client_id, message: None,
 ) -> tuple[RoundAggregate | None, Transcript]:
     """Carry one round's bytes between the server and its cohort.
 
@@ -63,6 +64,7 @@ def run_round(
         workers: the cohort's clients by id.
         small: the model that simulated clients take turns to train; every client loads the announced adapter.
         dropouts: client -> the phase before which it vanishes.
+        watch_message: told every message that reaches the server (phase, client, content), for an audit.
 
     Returns the mean update, or None if the round was aborted, and the transcript.
 
@@ -70,7 +72,7 @@ def run_round(
         LedgerError: a simulated client's disk failed. A real client would fall silent; here it is this machine's disk.
     """
     transcript = Transcript(server.context.round_index, server.context.cohort)
-    carrier = _Carrier(server, workers, dropouts, transcript)
+    carrier = _Carrier(server, workers, dropouts, transcript, watch_message)
     try:
         with progress.task("clients", len(workers), unit="clients") as task:
             aggregate = _phases(carrier, small, task)
@@ -120,6 +122,7 @@ class _Carrier:
     workers: Mapping[str, ClientWorker]
     dropouts: Mapping[str, str]
     transcript: Transcript
+    watch_message: Callable[[str, str, bytes], None]
 
     @property
     def alive(self) -> list[str]:
@@ -148,6 +151,7 @@ class _Carrier:
                 self.transcript.dropped[client] = f"{name}: {error.message}"
                 continue
             self._count(self.transcript.bytes_up, client, response)
+            self.watch_message(name, client, response)
             self.server.receive(name, client, response)
         self.transcript.seconds[name] = time.perf_counter() - began
 

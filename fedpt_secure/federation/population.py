@@ -6,12 +6,14 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fedpt_secure.config import RunConfig
 from fedpt_secure.crypto import SYSTEM_RANDOM, Identity, InsecureDeterministicBytes, RandomBytes, Roster
 from fedpt_secure.data import FederatedText
 from fedpt_secure.data.simulation import simulation_key
 from fedpt_secure.errors import PrivacyError
+from fedpt_secure.federation.audit_record import AuditRecorder
 from fedpt_secure.federation.client import ClientRandomness, ClientTerms, ClientWorker
 from fedpt_secure.federation.ledgers import ledger_directories
 from fedpt_secure.federation.mechanisms import RoundMechanism
@@ -92,12 +94,14 @@ def build_population(
     run_id: bytes,
     mechanism: RoundMechanism,
     directory: RunDirectory,
+    recorder: AuditRecorder,
     new: bool,
 ) -> Population:
     """Give every client that will be asked its identity, ledger and noise source.
 
     Args:
         schedule: the cohorts of all rounds.
+        recorder: told what clients release.
         new: the run has no checkpoint yet, so ledgers may be begun; later a missing one is an error.
 
     Raises:
@@ -125,6 +129,7 @@ def build_population(
             roster=roster,
             ledger=ledger(client.client_id),
             randomness=client_randomness(config, client.client_id),
+            watch_release=partial(recorder.release, client.client_id),
         )
         for client in text.clients
         if client.client_id in identities

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedpt_secure.data.simulation import simulation_rng
 from fedpt_secure.errors import LedgerError, ModelError, RoundError
 from fedpt_secure.evaluation import ArmsEvaluation, evaluate_arms
 from fedpt_secure.federation.aggregation import Aggregation, aggregation_of, privacy_document
+from fedpt_secure.federation.audit_record import AuditRecorder, planted_text
 from fedpt_secure.federation.client import LARGEST_ADAPTER_ENTRY
 from fedpt_secure.federation.local_engine import Transcript, draw_dropouts, run_round
 from fedpt_secure.federation.mechanisms import RingNoiseMechanism, build_mechanism
@@ -85,6 +87,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
     schedule = cohort_schedule(
         text.client_ids, rounds=config.federation.rounds, cohort=config.federation.agreed_cohort, seed=config.seed
     )
+    text = planted_text(config, text, schedule, directory)
     noise_multiplier = calibrate(
         config,
         most_rounds=max(participations(schedule).values()),
@@ -95,6 +98,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
     train, held_out = _encode(text, models, config)
     mechanism = build_mechanism(config, noise_multiplier=noise_multiplier, dimension=small.dimension)
     state = restore(directory, config, text, small)
+    recorder = AuditRecorder(directory, config)
     population = build_population(
         config,
         text,
@@ -103,6 +107,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
         run_id=state.run_id,
         mechanism=mechanism,
         directory=directory,
+        recorder=recorder,
         new=state.new,
     )
     if isinstance(mechanism, RingNoiseMechanism):
@@ -122,7 +127,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
         for round_index in range(state.rounds_done, config.federation.rounds):
             began = time.perf_counter()
             cohort = schedule[round_index]
-            transcript = _round(config, state, models, population, cohort, round_index, attempt, progress)
+            transcript = _round(config, state, models, population, recorder, cohort, round_index, attempt, progress)
             length = float(np.linalg.norm(small.adapter_vector()))
             state.rounds_done = round_index + 1
             state.add_seconds("rounds", time.perf_counter() - began)
@@ -182,6 +187,7 @@ def _round(
     state: RunState,
     models: RunModels,
     population: Population,
+    recorder: AuditRecorder,
     cohort: tuple[str, ...],
     round_index: int,
     attempt: int,
@@ -203,13 +209,16 @@ def _round(
         mechanism=population.terms.mechanism,
         clip_norm=state.clip_norm,
     )
+    recorder.begin(adapter)
     aggregate, transcript = run_round(
         server,
         {client: population.workers[client] for client in cohort},
         small,
         dropouts=draw_dropouts(cohort, dropout=config.federation.dropout, seed=config.seed, round_index=round_index),
         progress=progress,
+        watch_message=partial(recorder.message, round_index),
     )
+    recorder.end(round_index, None if aggregate is None else aggregate.mean_update)
     small.load_adapter_vector(adapter)
     if aggregate is not None:
         state.clip_norm = aggregate.clip_norm

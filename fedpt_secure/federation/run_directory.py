@@ -8,6 +8,8 @@
     summary.json       the result
     checkpoint/        state.safetensors, process.json: what resume needs; a directory per run, not per round
     clients/           what each simulated client keeps on its own disk; a real client's stays with the client
+    audit/             planted records and what an audit needs of the run (`audit_record`), and the audit's result; no
+                       part of the release
     .lock              held by the process that writes here; the file stays
 
 Everything but the two logs is replaced atomically. A log's line is on disk before the checkpoint that knows its round,
@@ -39,6 +41,7 @@ from fedpt_secure import files
 from fedpt_secure.config import RunConfig
 from fedpt_secure.errors import ConfigError, RunDirectoryError
 
+PLANTED = "audit/planted.json"
 _LOGS = ("metrics", "transcript")
 _REPLACED = (
     "config.toml",
@@ -49,6 +52,7 @@ _REPLACED = (
     "adapter",
     "checkpoint/process.json",
     "checkpoint/state.safetensors",
+    PLANTED,
 )
 _LOST = "restore it from a copy, or start a new run; this one cannot go on"
 
@@ -104,6 +108,7 @@ class RunDirectory:
             for name in _REPLACED:
                 files.sweep(path / name)
             (path / "checkpoint" / "process.json").unlink(missing_ok=True)
+            (path / PLANTED).unlink(missing_ok=True)
             directory.save_config(config)
         except BaseException:
             claim()
@@ -345,16 +350,16 @@ def _require_free(path: Path) -> None:
     """Refuse a directory that holds more than a start leaves that never reached its first checkpoint."""
     if not path.is_dir():
         raise RunDirectoryError(f"{path} is not a directory", hint="another --out")
-    ours = {path / ".lock", path / "checkpoint" / "process.json"}
+    ours = {path / ".lock", path / "checkpoint" / "process.json", path / PLANTED}
     ours.update(left for name in _REPLACED for left in files.temporaries(path / name))
     ours.update(log for log in (path / f"{name}.jsonl" for name in _LOGS) if log.is_file() and not log.stat().st_size)
     with suppress(RunDirectoryError, ConfigError):  # somebody else's config.toml is not ours to replace
         configuration.load(path / "config.toml")
         ours.add(path / "config.toml")
-    checkpoint = path / "checkpoint"
     found = set(path.iterdir())
-    if checkpoint.is_dir() and not checkpoint.is_symlink():
-        found = found - {checkpoint} | set(checkpoint.iterdir())
+    for folder in (path / "checkpoint", path / "audit"):
+        if folder.is_dir() and not folder.is_symlink():
+            found = found - {folder} | set(folder.iterdir())
     if any(entry not in ours or entry.is_symlink() for entry in found):
         raise RunDirectoryError(
             f"{path} is not empty", hint=f"another --out, or `fedpt-secure train --resume {path}` to go on"

@@ -1,6 +1,13 @@
 """Calibration, accounting, the DP-SGD step, the client's ledger and the privacy statement."""
 
-from fedpt_secure.privacy.accounting import ACCOUNTANT, GaussianSteps, calibrate_noise, epsilon_spent, round_up
+from fedpt_secure.privacy.accounting import (
+    ACCOUNTANT,
+    GaussianSteps,
+    calibrate_noise,
+    epsilon_spent,
+    merge,
+    round_up,
+)
 from fedpt_secure.privacy.adaptive_clipping import QuantileClipping
 from fedpt_secure.privacy.budget import UNITS, Budget, Mode, Unit
 from fedpt_secure.privacy.client_vectors import clipped_client_update, sampled_gradient_sum
@@ -38,6 +45,7 @@ __all__ = [
     "epsilon_spent",
     "example_losses",
     "local_statement",
+    "merge",
     "ring_statement",
     "round_up",
     "sampled_gradient_sum",
