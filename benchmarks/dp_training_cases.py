@@ -13,7 +13,7 @@ import torch
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.lm.small import BUILTIN, SmallLM, builtin_directory, load_base
 from fedpt_secure.lm.vocabulary import Vocabulary
-from fedpt_secure.privacy import SmallExample, clipped_sum, example_losses
+from fedpt_secure.privacy import SmallExample, clipped_sum, example_loss, example_losses
 
 CLIP_NORM = 0.1
 SHORTEST = 16
@@ -96,7 +96,9 @@ def run(small: SmallLM, examples: Sequence[SmallExample], variant: Variant) -> N
     """One step's sum of gradients."""
     if variant.method == NON_PRIVATE:
         for batch in passes(examples, variant.examples_per_pass):
-            torch.autograd.backward(example_losses(small, batch).sum())
+            # One example by itself is computed as in private training: on the upper half, the head where there is loss.
+            loss = example_loss(small, batch[0]) if len(batch) == 1 else example_losses(small, batch).sum()
+            torch.autograd.backward(loss)
         torch.cat([parameter.grad.flatten() for parameter in small.trainable]).cpu()
         for parameter in small.trainable:
             parameter.grad = None

@@ -124,6 +124,11 @@ class ModelConfig(Settings):
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:N` or `mps`."""
     context_length: Annotated[int, Field(ge=8, le=8192)] = 128
     """Records are cut to this many tokens."""
+    training_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products in a client's training; `auto`: bfloat16 where the processor has it. Gradients are clipped in
+    float64 either way, one example a pass (docs/dp_training.md)."""
+    activation_cache_mb: Annotated[int, Field(ge=0, le=1_000_000)] = 512
+    """Most memory for activations below the first trained module, which no step changes; 0 computes them anew."""
 
 
 class LoraSettings(Settings):
@@ -247,6 +252,8 @@ class TrainingConfig(Settings):
     local_learning_rate: Positive = 1.0
     normaliser: Positive = 16.0
     """Public constant that sums of gradients are divided by, whatever the client's record count."""
+    sampled_positions: Count | None = None
+    """Most loss tokens of a record that a step looks at, chosen by the client, anew in each; default: all of them."""
     server_optimizer: Literal["average", "momentum", "adam"] = "adam"
     """What the server makes of the mean update (post-processing): FedAvg, FedAvgM or FedAdam (Reddi et al. 2021)."""
     server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 0.05

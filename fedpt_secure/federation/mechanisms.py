@@ -94,6 +94,7 @@ class LocalMechanism(RoundMechanism):
             noise_multiplier=noise_multiplier,
             normaliser=training.normaliser,
             learning_rate=training.local_learning_rate,
+            positions=training.sampled_positions,
         )
         self._encoding = FixedPointEncoding(
             ring_bits=federation.ring_bits, bound=training.update_bound, cohort=federation.agreed_cohort
@@ -151,6 +152,7 @@ class RingNoiseMechanism(RoundMechanism):
                 clip_norm=clip_norm,
                 noise=noise,
                 quantile=self._quantile,
+                positions=training.sampled_positions,
             )
         else:
             vector = sampled_gradient_sum(
@@ -160,6 +162,7 @@ class RingNoiseMechanism(RoundMechanism):
                 clip_norm=clip_norm,
                 noise=noise,
                 quantile=self._quantile,
+                positions=training.sampled_positions,
             )
         return self.ring.encode(vector, noise)
 

@@ -14,6 +14,7 @@ from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.lm.devices import resolve_device
 from fedpt_secure.lm.large_weights import LargeWeights, resolve_large
 from fedpt_secure.lm.small import BaseLM, SmallLM, builtin_directory, load_base
+from fedpt_secure.lm.split import TrainingCompute, training_dtype
 from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
 from fedpt_secure.progress import Progress
 from fedpt_secure.proxy import (
@@ -107,7 +108,10 @@ def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunMo
     device = resolve_device(config.models.device)
     base = load_base(config.models.small, vocabulary)
     _check_contexts(config.models.context_length, base, weights)
-    small = SmallLM(base, config.lora, seed=config.seed, device=device)
+    compute = TrainingCompute(
+        training_dtype(config.models.training_dtype, device), config.models.activation_cache_mb * 1_000_000
+    )
+    small = SmallLM(base, config.lora, seed=config.seed, device=device, compute=compute)
     return RunModels(
         tokenizer=tokenizer,
         vocabulary=vocabulary,

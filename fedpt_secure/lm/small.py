@@ -20,6 +20,7 @@ from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.lm.directions import FILE as DIRECTIONS_FILE
 from fedpt_secure.lm.directions import Directions
+from fedpt_secure.lm.split import EXACT_COMPUTE, SplitLM, TrainingCompute, split_model
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.lm.vocabulary import Vocabulary
 
@@ -60,8 +61,19 @@ class SmallLM:
     adapter of a run is the vector of all B entries, in sorted parameter-name order: `adapter_vector`.
     """
 
-    def __init__(self, base: BaseLM, lora: LoraSettings, *, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        base: BaseLM,
+        lora: LoraSettings,
+        *,
+        seed: int,
+        device: torch.device,
+        compute: TrainingCompute = EXACT_COMPUTE,
+    ) -> None:
         """Attach a fresh adapter.
+
+        Args:
+            compute: how gradients are computed.
 
         Raises:
             ConfigError: the base has none of the modules, or fewer layers, than the settings name.
@@ -95,12 +107,15 @@ class SmallLM:
         self.model.to(device)
         self.model.eval()
         self.device = device
+        self.compute = compute
         self.token_map = base.token_map
         self.name = base.name
         self._trainable = sorted(
             ((name, p) for name, p in self.model.named_parameters() if p.requires_grad), key=lambda item: item[0]
         )
         self.digest = self._digest()
+        self.split: SplitLM | None = split_model(self.model, [name for name, _ in self._trainable], compute)
+        """The model cut below its first trained module, for one example's gradient; None if it cannot be cut."""
 
     @property
     def dimension(self) -> int:

@@ -13,7 +13,7 @@ from fedpt_secure.privacy.budget import UNITS, Budget, Mode, Unit
 from fedpt_secure.privacy.client_vectors import clipped_client_update, sampled_gradient_sum
 from fedpt_secure.privacy.clipped_sum import ClippedSum, clipped_sum
 from fedpt_secure.privacy.dp_sgd import DpSgdSettings, LocalUpdate, train_locally
-from fedpt_secure.privacy.examples import SmallExample, example_losses
+from fedpt_secure.privacy.examples import SampledPositions, SmallExample, example_loss, example_losses
 from fedpt_secure.privacy.ledger import Ledger, Release
 from fedpt_secure.privacy.noise import InsecureDeterministicRandom, NoiseSource, SecureRandom
 from fedpt_secure.privacy.ring_mechanism import RingMechanism
@@ -36,6 +36,7 @@ __all__ = [
     "QuantileClipping",
     "Release",
     "RingMechanism",
+    "SampledPositions",
     "SecureRandom",
     "SmallExample",
     "Unit",
@@ -43,6 +44,7 @@ __all__ = [
     "clipped_client_update",
     "clipped_sum",
     "epsilon_spent",
+    "example_loss",
     "example_losses",
     "local_statement",
     "merge",

@@ -20,15 +20,20 @@ import torch
 
 from fedpt_secure.errors import PrivacyError
 from fedpt_secure.lm.small import SmallLM
-from fedpt_secure.privacy.examples import SmallExample, example_losses
+from fedpt_secure.privacy.examples import SampledPositions, SmallExample, example_loss, example_losses
 
 ExampleGradients = Callable[[Sequence[SmallExample]], torch.Tensor]
 """Per-example gradients, float32 `[batch, d]` on the CPU, in the order of `SmallLM.adapter_vector`."""
 
 
 @contextmanager
-def bookkeeping_gradients(small: SmallLM) -> Iterator[ExampleGradients]:
+def bookkeeping_gradients(small: SmallLM, *, positions: SampledPositions | None = None) -> Iterator[ExampleGradients]:
     """Yield the function; on leaving, the model is as it was.
+
+    One example by itself is computed as `small.compute` says; several in one pass in the model's own precision.
+
+    Args:
+        positions: the loss tokens that count; all of them if None.
 
     Raises:
         PrivacyError: a trained parameter is not the weight of a linear layer without bias, or, from the function, such
@@ -44,7 +49,7 @@ def bookkeeping_gradients(small: SmallLM) -> Iterator[ExampleGradients]:
             def on_backward(g: torch.Tensor) -> None:
                 if index in gradients or x.dim() != 3:
                     raise PrivacyError("a trained layer runs twice, or not on [examples, positions, width]")
-                gradients[index] = torch.bmm(g.transpose(1, 2), x)
+                gradients[index] = torch.bmm(g.transpose(1, 2).float(), x.float())
 
             if not output.requires_grad:  # nothing below this layer is trained: the backward pass ends here
                 output.requires_grad_()
@@ -54,10 +59,14 @@ def bookkeeping_gradients(small: SmallLM) -> Iterator[ExampleGradients]:
 
     def compute(batch: Sequence[SmallExample]) -> torch.Tensor:
         gradients.clear()
-        torch.autograd.backward(example_losses(small, batch).sum())
+        if len(batch) == 1:
+            loss = example_loss(small, batch[0], positions=positions)
+        else:
+            loss = example_losses(small, batch, positions=positions).sum()
+        torch.autograd.backward(loss)
         if len(gradients) != len(layers) or any(len(part) != len(batch) for part in gradients.values()):
             raise PrivacyError("a trained layer did not run once for each example")
-        return torch.cat([gradients.pop(index).flatten(1).cpu() for index in range(len(layers))], dim=1).float()
+        return torch.cat([gradients.pop(index).flatten(1).cpu() for index in range(len(layers))], dim=1)
 
     with ExitStack() as undo:
         for index, layer in enumerate(layers):

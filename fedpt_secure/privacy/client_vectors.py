@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.adaptive_clipping import QuantileClipping
 from fedpt_secure.privacy.clipped_sum import clipped_sum
-from fedpt_secure.privacy.examples import SmallExample
+from fedpt_secure.privacy.examples import SampledPositions, SmallExample
 from fedpt_secure.privacy.noise import NoiseSource
 
 FloatArray = npt.NDArray[np.float64]
@@ -31,16 +31,23 @@ def sampled_gradient_sum(
     clip_norm: float,
     noise: NoiseSource,
     quantile: QuantileClipping | None = None,
+    positions: int | None = None,
 ) -> FloatArray:
     """Mode `distributed`: the sum of clipped gradients over a Poisson sample; the unit is a record.
 
     Args:
         sampling_rate: public probability with which each record takes part, independently.
+        positions: most loss tokens of a record that are looked at, chosen by the client; all of them if None.
 
     Returns [d], or [d + 1] with the indicators' sum last. **Private.**
     """
     chosen = np.flatnonzero(noise.bernoulli(len(examples), probability=sampling_rate))
-    result = clipped_sum(small, [examples[int(index)] for index in chosen], clip_norm=clip_norm)
+    result = clipped_sum(
+        small,
+        [examples[int(index)] for index in chosen],
+        clip_norm=clip_norm,
+        positions=SampledPositions.draw(positions, noise),
+    )
     return _with_indicator(result.vector / clip_norm, result.norms, clip_norm, quantile)
 
 
@@ -54,6 +61,7 @@ def clipped_client_update(
     clip_norm: float,
     noise: NoiseSource,
     quantile: QuantileClipping | None = None,
+    positions: int | None = None,
 ) -> FloatArray:
     """Mode `client`: the client's whole update after full-batch gradient steps, clipped; the unit is the client.
 
@@ -66,6 +74,7 @@ def clipped_client_update(
 
     Args:
         sampling_rate: public probability with which the client contributes.
+        positions: most loss tokens of a record that a step looks at, chosen anew in each; all of them if None.
 
     Returns [d], or [d + 1] with the indicator last. **Private.**
     """
@@ -73,7 +82,7 @@ def clipped_client_update(
     moved = np.zeros(small.dimension)
     try:
         for _ in range(steps):
-            total = clipped_sum(small, examples, clip_norm=math.inf)
+            total = clipped_sum(small, examples, clip_norm=math.inf, positions=SampledPositions.draw(positions, noise))
             moved -= learning_rate / max(1, len(examples)) * total.vector
             if not np.abs(before + moved).max() <= _LARGEST_ENTRY:
                 moved = np.zeros(small.dimension)

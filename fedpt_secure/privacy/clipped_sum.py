@@ -20,7 +20,7 @@ import torch
 from fedpt_secure.errors import PrivacyError
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.bookkeeping import bookkeeping_gradients
-from fedpt_secure.privacy.examples import SmallExample
+from fedpt_secure.privacy.examples import SampledPositions, SmallExample
 from fedpt_secure.privacy.opacus_gradients import ghost_sums, hook_gradients
 
 Method = Literal["bookkeeping", "hooks", "ghost"]
@@ -54,6 +54,7 @@ def clipped_sum(
     clip_norm: float,
     method: Method = "bookkeeping",
     examples_per_pass: int = 1,
+    positions: SampledPositions | None = None,
 ) -> ClippedSum:
     """Sum the examples' gradients at the loaded adapter, each scaled down to `clip_norm` where it is longer.
 
@@ -70,18 +71,19 @@ def clipped_sum(
     **Assumptions** An example's gradient is a function of the weights and of that example alone. With one example per
     pass that holds by construction, if the processor repeats itself. With more, the gradient is computed in an array
     whose shape the other examples decide, and rounding follows the shape (1e-7 of the gradient in float32, 1e-3
-    in bfloat16).
+    in bfloat16, which shared passes are therefore refused).
 
     Args:
         clip_norm: inf does not clip: for a sum that is clipped as a whole. Only the last two guarantees hold then.
         method: `bookkeeping` (one backward pass, `privacy.bookkeeping`); `hooks` and `ghost` are Opacus's, for
             comparison. `ghost` sums in float32, so that its guarantee holds up to rounding.
         examples_per_pass: examples in one forward pass; where the assumption is to be had by construction, 1.
+        positions: the loss tokens of an example that count in this step; all of them if None.
 
     Raises:
         PrivacyError: `clip_norm` is not a positive number within float32's range, the method is unknown or a pass
-            has no examples, there are more examples than the grid can sum, or a model whose layers do not keep examples
-            apart.
+            has no examples, passes in bfloat16 would be shared, there are more examples than the grid can sum, or a
+            model whose layers do not keep examples apart.
     """
     if not clip_norm >= _SMALLEST_CLIP_NORM:
         raise PrivacyError(f"clip_norm is {clip_norm}, must be at least {_SMALLEST_CLIP_NORM:g}")
@@ -91,15 +93,22 @@ def clipped_sum(
         )
     if len(examples) > _MOST_EXAMPLES:
         raise PrivacyError(f"{len(examples)} examples in one sum; at most {_MOST_EXAMPLES} add up exactly")
+    if examples_per_pass > 1 and small.compute.dtype != torch.float32:
+        raise PrivacyError(
+            f"{examples_per_pass} examples would share a pass in {small.compute.dtype}, where one moves the others' "
+            "gradients by far more than rounding in float32 does",
+            hint="one example per pass, or float32",
+        )
     total = _GridSum(small.dimension, clip_norm)
     norms = np.zeros(len(examples))
     if method == "ghost":
-        with ghost_sums(small, total.scales) as sums:
+        with ghost_sums(small, total.scales, positions=positions) as sums:
             for chosen, batch in _passes(examples, examples_per_pass):
                 part, norms[chosen] = sums(batch)
                 total.add_floats(part)
     else:
-        with (bookkeeping_gradients if method == "bookkeeping" else hook_gradients)(small) as gradients:
+        ways = bookkeeping_gradients if method == "bookkeeping" else hook_gradients
+        with ways(small, positions=positions) as gradients:
             for chosen, batch in _passes(examples, examples_per_pass):
                 norms[chosen] = total.add(gradients(batch))
     return ClippedSum(total.value(), norms)

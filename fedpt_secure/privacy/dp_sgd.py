@@ -21,7 +21,7 @@ import numpy.typing as npt
 from fedpt_secure.errors import PrivacyError
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.clipped_sum import clipped_sum
-from fedpt_secure.privacy.examples import SmallExample
+from fedpt_secure.privacy.examples import SampledPositions, SmallExample
 from fedpt_secure.privacy.noise import NoiseSource
 
 
@@ -36,6 +36,7 @@ class DpSgdSettings:
         noise_multiplier: noise standard deviation over `clip_norm`; 0 is not private.
         normaliser: constant that the noised sum is divided by; must not be derived from the data.
         learning_rate: of the plain SGD step.
+        positions: most loss tokens of an example that a step looks at, chosen anew in each; all of them if None.
     """
 
     steps: int
@@ -44,6 +45,7 @@ class DpSgdSettings:
     noise_multiplier: float
     normaliser: float
     learning_rate: float
+    positions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,12 @@ def train_locally(
     try:
         for _ in range(settings.steps):
             chosen = np.flatnonzero(noise.bernoulli(len(examples), probability=settings.sampling_rate))
-            total = clipped_sum(small, [examples[int(index)] for index in chosen], clip_norm=settings.clip_norm)
+            total = clipped_sum(
+                small,
+                [examples[int(index)] for index in chosen],
+                clip_norm=settings.clip_norm,
+                positions=SampledPositions.draw(settings.positions, noise),
+            )
             # Also where nobody was sampled: the step must look like any other, noise and all.
             noised = total.vector + noise.gaussian(
                 small.dimension, standard_deviation=settings.noise_multiplier * settings.clip_norm
@@ -101,5 +108,7 @@ def _check(settings: DpSgdSettings) -> None:
         raise PrivacyError(f"sampling rate {settings.sampling_rate} is not in (0, 1]")
     if not (np.isfinite(settings.noise_multiplier) and settings.noise_multiplier >= 0):
         raise PrivacyError(f"noise multiplier {settings.noise_multiplier} is not a finite number of 0 or more")
+    if settings.positions is not None and settings.positions < 1:
+        raise PrivacyError(f"{settings.positions} positions: at least one is needed")
     if settings.steps < 1:
         raise PrivacyError(f"{settings.steps} steps: at least one is needed")

@@ -16,19 +16,19 @@ from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSam
 
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.bookkeeping import ExampleGradients
-from fedpt_secure.privacy.examples import SmallExample, example_losses
+from fedpt_secure.privacy.examples import SampledPositions, SmallExample, example_losses
 
 ClippedParts = Callable[[Sequence[SmallExample]], tuple[torch.Tensor, npt.NDArray[np.float64]]]
 """A batch's sum of clipped gradients, `[d]`, and the norms before clipping, `[batch]`."""
 
 
 @contextmanager
-def hook_gradients(small: SmallLM) -> Iterator[ExampleGradients]:
+def hook_gradients(small: SmallLM, *, positions: SampledPositions | None = None) -> Iterator[ExampleGradients]:
     """Gradients that `GradSampleHooks` materialises in one backward pass."""
     hooks = GradSampleHooks(small.model, loss_reduction="sum")
 
     def compute(batch: Sequence[SmallExample]) -> torch.Tensor:
-        _backward(example_losses(small, batch).sum())
+        _backward(example_losses(small, batch, positions=positions).sum())
         samples = [parameter.grad_sample.flatten(1).cpu() for parameter in small.trainable]  # type: ignore[attr-defined]
         for parameter in small.trainable:
             parameter.grad_sample = None  # type: ignore[attr-defined]
@@ -40,7 +40,9 @@ def hook_gradients(small: SmallLM) -> Iterator[ExampleGradients]:
 
 
 @contextmanager
-def ghost_sums(small: SmallLM, scales: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[ClippedParts]:
+def ghost_sums(
+    small: SmallLM, scales: Callable[[torch.Tensor], torch.Tensor], *, positions: SampledPositions | None = None
+) -> Iterator[ClippedParts]:
     """Ghost clipping (Li et al. 2022): norms from Gram matrices, then a second backward pass of the scaled losses.
 
     Args:
@@ -50,7 +52,7 @@ def ghost_sums(small: SmallLM, scales: Callable[[torch.Tensor], torch.Tensor]) -
     hooks = GradSampleHooksFastGradientClipping(small.model, loss_reduction="sum", max_grad_norm=1.0)
 
     def compute(batch: Sequence[SmallExample]) -> tuple[torch.Tensor, npt.NDArray[np.float64]]:
-        losses = example_losses(small, batch)
+        losses = example_losses(small, batch, positions=positions)
         _backward(losses.sum(), retain_graph=True)
         norms = hooks.get_norm_sample().detach().double().cpu().nan_to_num(nan=torch.inf)
         kept = [example for example, norm in zip(batch, norms.tolist(), strict=True) if np.isfinite(norm)]

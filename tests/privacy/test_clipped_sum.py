@@ -157,9 +157,9 @@ def test_an_infinite_gradient_takes_no_other_along(method, monkeypatch):
     honest = [example for example in data if example is not poison]
     clean = clipped_sum(small, honest, clip_norm=0.05, method=method, examples_per_pass=8)
 
-    def poisoned(model, batch):
+    def poisoned(model, batch, *, positions=None):
         bad = torch.tensor([example is poison for example in batch])
-        return example_losses(model, batch) * torch.where(bad, torch.inf, 1.0)
+        return example_losses(model, batch, positions=positions) * torch.where(bad, torch.inf, 1.0)
 
     for module in ("bookkeeping", "opacus_gradients"):
         monkeypatch.setattr(f"fedpt_secure.privacy.{module}.example_losses", poisoned)
@@ -212,7 +212,8 @@ def test_the_model_is_left_as_it_was(method):
 
 
 def test_nothing_is_differentiated_below_the_lowest_trained_layer():
-    """Backward of the last down_proj's adapter alone: the head, and the product that is B's gradient."""
+    """Backward of the last down_proj's adapter alone: the head, and the product that is B's gradient; and these, as the
+    head's and B's forward products, at the positions with loss only."""
     from torch.utils.flop_counter import FlopCounterMode
 
     small = small_lm(layers=1, modules=("down_proj",))
@@ -226,8 +227,11 @@ def test_nothing_is_differentiated_below_the_lowest_trained_layer():
 
     with torch.no_grad():
         forward = flops(lambda: example_losses(small, [example]))
-    head, matrix_b = 2 * positions * HIDDEN * VOCABULARY, 2 * positions * HIDDEN * RANK
-    assert flops(lambda: clipped_sum(small, [example], clip_norm=0.05)) == forward + head + matrix_b
+    judged = positions - example.loss_from
+    assert 0 < judged < positions
+    head, matrix_b = 2 * HIDDEN * VOCABULARY, 2 * HIDDEN * RANK
+    saved = (positions - judged) * (head + matrix_b)
+    assert flops(lambda: clipped_sum(small, [example], clip_norm=0.05)) == forward - saved + judged * (head + matrix_b)
 
 
 def test_a_layer_that_runs_twice_is_refused():

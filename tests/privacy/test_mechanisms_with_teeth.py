@@ -54,7 +54,7 @@ class Bare:
         self._adapter = vector.astype(np.float32)
 
 
-def _sum_of_records(small, examples, *, clip_norm):
+def _sum_of_records(small, examples, *, clip_norm, positions=None):
     total = _GridSum(small.dimension, clip_norm)
     norms = [total.add(torch.from_numpy(record)[None])[0] for record in examples]
     return ClippedSum(total.value(), np.array(norms))

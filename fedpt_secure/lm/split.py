@@ -1,0 +1,294 @@
+"""The small LM cut in two for training: what lies below the first trained module, and the rest.
+
+Below the cut nothing is trained, so an example's activations there are the same in every step and every round. They are
+computed once without gradient and kept, within a bound. Above the cut only what training needs runs: the layers
+from the cut on, and the head at the positions whose loss counts.
+
+Where the only module trained in the lowest trained layer is its `mlp.down_proj`, the cut runs through that layer: its
+output is `below + scale * B(A x)`, and `below` and `A x` are what is kept, `width + rank` numbers a position. If it is
+the last layer, nothing above mixes positions and only the positions with loss are kept. Otherwise the cut runs below
+the layer, and its input is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from fedpt_secure.errors import ConfigError
+from fedpt_secure.lm.head_loss import head_loss
+
+SPLITTABLE = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose model is embeddings, layers, a norm and a linear head, and whose layers end in `h + mlp(norm(h))`."""
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.(.+)")
+_DOWN_PROJ = "mlp.down_proj."
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingCompute:
+    """How gradients are computed. It changes their rounding, never what they are gradients of.
+
+    Attributes:
+        dtype: of matrix products in training, float32 or bfloat16; adapter, softmax and clipping are in float32 or
+            finer.
+        cache_bytes: most memory for kept activations; 0 keeps none.
+    """
+
+    dtype: torch.dtype = torch.float32
+    cache_bytes: int = 0
+
+
+EXACT_COMPUTE = TrainingCompute()
+"""In float32, and nothing kept."""
+
+
+def training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the processor multiplies it in hardware, else float32.
+
+    Raises:
+        ConfigError: not one of `auto`, `float32` and `bfloat16`.
+    """
+    if name == "auto":
+        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"training_dtype {name!r} is not one of auto, float32 and bfloat16")
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What is kept of one example.
+
+    Attributes:
+        below: [positions, width]: the adapted layer's output without its adapter, or the layer's input.
+        inputs: [positions, rank]: `A x`, where the cut runs through a layer.
+    """
+
+    below: torch.Tensor
+    inputs: torch.Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.below.nbytes + (0 if self.inputs is None else self.inputs.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frozen:
+    """What the lower half computes with, as its parameters were at these versions."""
+
+    versions: tuple[tuple[int, int], ...]
+    below: nn.Module | None
+    tap: _Tap | None
+    head_weight: torch.Tensor
+
+
+class SplitLM:
+    """The two halves of one small LM.
+
+    **Guarantees** Kept activations are bit for bit those that would be computed again, if the processor repeats itself:
+    they come from the same operations on the same ids. They are dropped when a parameter below the cut has been written
+    to or replaced. Examples are never computed together.
+    """
+
+    def __init__(self, model: PeftModel, trained: Mapping[int, Sequence[str]], compute: TrainingCompute) -> None:
+        """Cut below the first of the trained parameters; use `split_model`, which says whether that can be done.
+
+        Args:
+            trained: names of trained parameters within their layer, by layer.
+        """
+        causal: Any = model.get_base_model()
+        self._backbone: Any = causal.model
+        self._head: nn.Linear = causal.lm_head
+        self._compute = compute
+        self._layer = min(trained)
+        self._through = all(name.startswith(_DOWN_PROJ) for name in trained[self._layer])
+        layers = self._backbone.layers
+        self._adapted: Any = layers[self._layer].mlp.down_proj if self._through else None
+        first_above = self._layer + self._through
+        self._by_position = first_above == len(layers)
+        self._above = _with_layers(
+            self._backbone, [_Skip() if index < first_above else layer for index, layer in enumerate(layers)]
+        )
+        self._frozen_part: _Frozen | None = None
+        self._cache: dict[tuple[tuple[int, ...], int], Activations] = {}
+        self._cached_bytes = 0
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of kept activations, at most the bound."""
+        return self._cached_bytes
+
+    @property
+    def cached_examples(self) -> int:
+        """How many examples' activations are kept."""
+        return len(self._cache)
+
+    def loss(self, ids: tuple[int, ...], loss_from: int, rows: torch.Tensor) -> torch.Tensor:
+        """Mean negative log-likelihood (nats per token) over some of an example's predictions.
+
+        Args:
+            ids: token ids of one example.
+            loss_from: first position that may be predicted with loss.
+            rows: int64 [n]; row i stands for the prediction of position `loss_from + i`.
+        """
+        frozen = self._refreshed()
+        activations = self._activations(frozen, ids, loss_from)
+        targets = torch.tensor(ids[loss_from:], device=activations.below.device)[rows]
+        below, inputs = activations.below, activations.inputs
+        if self._by_position:
+            below, inputs = below[rows], None if inputs is None else inputs[rows]
+        # The adapter's own products and the sum with it are in float32: its steps are smaller than bfloat16's.
+        hidden = below.float()[None]
+        if self._adapted is not None and inputs is not None:
+            adapter = self._adapted.active_adapters[0]
+            moved = self._adapted.lora_B[adapter](inputs.float()[None])
+            hidden = hidden + moved * self._adapted.scaling[adapter]
+        if self._by_position:
+            judged = self._backbone.norm(hidden)[0]
+        else:
+            with torch.autocast(hidden.device.type, self._compute.dtype, enabled=self._lower):
+                hidden = self._above(inputs_embeds=hidden, use_cache=False).last_hidden_state
+            judged = hidden[0, loss_from - 1 + rows]
+        return head_loss(judged.float(), frozen.head_weight, targets)
+
+    @property
+    def _lower(self) -> bool:
+        return self._compute.dtype != torch.float32
+
+    def _activations(self, frozen: _Frozen, ids: tuple[int, ...], loss_from: int) -> Activations:
+        key = (ids, loss_from if self._by_position else 0)
+        kept = self._cache.get(key)
+        if kept is not None:
+            return kept
+        computed = self._run_below(frozen, ids, loss_from)
+        # What is full stays as it is: dropping the oldest would, over passes in one order, drop all before their use.
+        if self._cached_bytes + computed.nbytes <= self._compute.cache_bytes:
+            self._cache[key] = computed
+            self._cached_bytes += computed.nbytes
+        return computed
+
+    @torch.no_grad()
+    def _run_below(self, frozen: _Frozen, ids: tuple[int, ...], loss_from: int) -> Activations:
+        below = self._backbone.embed_tokens(torch.tensor([ids], device=self._head.weight.device))
+        if frozen.below is not None:
+            below = frozen.below(inputs_embeds=below.to(self._compute.dtype), use_cache=False).last_hidden_state
+        inputs = None if frozen.tap is None else frozen.tap.take()
+        rows = slice(loss_from - 1, len(ids) - 1) if self._by_position else slice(None)
+        # Copies, so that memory is aligned alike whether they were kept or not, and nothing else is kept alive.
+        return Activations(below[0, rows].clone(), None if inputs is None else inputs[0, rows].clone())
+
+    def _refreshed(self) -> _Frozen:
+        """The frozen part; cast again, and what is kept forgotten, where one of its parameters has changed."""
+        versions = tuple((parameter.data_ptr(), parameter._version) for parameter in self._frozen_parameters())
+        if self._frozen_part is None or versions != self._frozen_part.versions:
+            self._cache.clear()
+            self._cached_bytes = 0
+            below, tap = self._build_below()
+            self._frozen_part = _Frozen(versions, below, tap, self._head.weight.detach().to(self._compute.dtype))
+        return self._frozen_part
+
+    def _frozen_parameters(self) -> list[nn.Parameter]:
+        layers = self._backbone.layers
+        modules: list[nn.Module] = [self._head, self._backbone.embed_tokens, *layers[: self._layer]]
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        if self._through:
+            parameters += [p for name, p in layers[self._layer].named_parameters() if ".lora_B." not in name]
+        return parameters
+
+    def _build_below(self) -> tuple[nn.Module | None, _Tap | None]:
+        if self._layer == 0 and not self._through:
+            return None, None
+        layers = list(self._backbone.layers[: self._layer])
+        if self._adapted is not None:
+            adapter = self._adapted.active_adapters[0]
+            tap = _Tap(self._adapted.base_layer, self._adapted.lora_A[adapter])
+            mlp = _with_modules(self._backbone.layers[self._layer].mlp, down_proj=tap)
+            layers.append(_with_modules(self._backbone.layers[self._layer], mlp=mlp))
+        below = _with_layers(self._backbone, layers, norm=nn.Identity())
+        if self._lower:
+            # The rotary embedding stays in float32: its frequencies times positions need the digits.
+            rotary = below._modules.pop("rotary_emb")
+            below = copy.deepcopy(below).to(self._compute.dtype)
+            below._modules["rotary_emb"] = rotary
+        taps = [module for module in below.modules() if isinstance(module, _Tap)]
+        return below, taps[0] if taps else None
+
+
+class _Skip(nn.Module):
+    """In the place of a layer that has been run already."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class _Tap(nn.Module):
+    """An adapted linear layer without its adapter, which remembers what `A` makes of its input."""
+
+    def __init__(self, base_layer: nn.Module, lora_a: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_a = lora_a
+        self._seen: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self._seen = self.lora_a(x)
+        return self.base_layer(x)
+
+    def take(self) -> torch.Tensor | None:
+        """What was seen last; forgotten with this."""
+        seen, self._seen = self._seen, None
+        return seen
+
+
+def split_model(model: PeftModel, trained: Sequence[str], compute: TrainingCompute) -> SplitLM | None:
+    """The model cut below the first trained parameter, or None where it is not of a shape that can be cut.
+
+    Args:
+        trained: names of the trained parameters, as in `model.named_parameters()`.
+    """
+    causal: Any = model.get_base_model()
+    if getattr(causal.config, "model_type", None) not in SPLITTABLE:
+        return None
+    head = getattr(causal, "lm_head", None)
+    if type(head) is not nn.Linear or head.bias is not None:  # an adapted head is a PEFT layer
+        return None
+    by_layer: dict[int, list[str]] = {}
+    for name in trained:
+        found = _LAYER.search(name)
+        if found is None:
+            return None
+        by_layer.setdefault(int(found.group(1)), []).append(found.group(2))
+    return SplitLM(model, by_layer, compute) if by_layer else None
+
+
+def _with_modules(module: nn.Module, **replaced: nn.Module) -> nn.Module:
+    """The same module, sharing all parameters, but for the replaced children."""
+    changed = copy.copy(module)
+    changed._modules = {**module._modules, **replaced}
+    return changed
+
+
+def _with_layers(backbone: nn.Module, layers: Sequence[nn.Module], **replaced: nn.Module) -> nn.Module:
+    changed = _with_modules(backbone, layers=nn.ModuleList(layers), **replaced)
+    del changed._modules["embed_tokens"]  # it runs on embedded text, and a cast copy need not hold them twice
+    return changed
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    probes: list[Callable[[], bool]] = [
+        getattr(torch.cpu, name)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        if hasattr(torch.cpu, name)
+    ]
+    return device.type == "cpu" and any(probe() for probe in probes)
