@@ -11,6 +11,7 @@ from fedpt_secure import __version__
 from fedpt_secure.cli.account import account
 from fedpt_secure.cli.audit import audit
 from fedpt_secure.cli.crypto_parameters import crypto
+from fedpt_secure.cli.evaluate import evaluate
 from fedpt_secure.cli.fetch import fetch
 from fedpt_secure.cli.generate import generate
 from fedpt_secure.cli.keys import keys
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(generate)
 app.command()(serve)
+app.command()(evaluate)
 app.command()(fetch)
 app.command()(account)
 app.command()(sweep)

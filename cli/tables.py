@@ -27,13 +27,13 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         arm = summary["arms"][name]
         style = "bold" if name == "proxy_tuned" else ""
         perplexity = "inf" if arm["perplexity"] is None else f"{arm['perplexity']:.2f}"
-        table.add_row(label, f"{arm['loss']:.4f}", _interval(arm["ci"]), perplexity, style=style)
+        table.add_row(label, f"{arm['loss']:.4f}", interval(arm["ci"]), perplexity, style=style)
     console.print(table)
     low, high = improvement["ci"]
     verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
     console.print(
         f"Proxy-tuned against large alone: [bold]{improvement['loss']:+.4f}[/] nats/token gained "
-        f"({_interval(improvement['ci'])}), {verdict}; {improvement['fraction_improved']:.1%} of records improved; "
+        f"({interval(improvement['ci'])}), {verdict}; {improvement['fraction_improved']:.1%} of records improved; "
         f"alpha {summary['alpha']:g}{_shares(summary['shares'])}.",
         highlight=False,
     )
@@ -90,5 +90,5 @@ def _print_privacy(console: Console, summary: dict[str, Any]) -> None:
         console.print(f"Not covered: {escape(item)}.", highlight=False)
 
 
-def _interval(bounds: list[float]) -> str:
+def interval(bounds: list[float]) -> str:
     return f"[{bounds[0]:.4f}, {bounds[1]:.4f}]".replace("[", r"\[")

@@ -96,6 +96,51 @@ def improvement_interval(
     return ratio_interval(first - second, counts, rng, resamples=resamples, level=level)
 
 
+def gap_closed(
+    before: npt.ArrayLike,
+    after: npt.ArrayLike,
+    ceiling: npt.ArrayLike,
+    rng: np.random.Generator,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Estimate | None:
+    """Which share of the loss that `ceiling` gains over `before` is gained by `after`: `sum(b - a) / sum(b - c)`.
+
+    Numerator and denominator are formed on the same resampled records.
+
+    Args:
+        before, after, ceiling: `[records]`, negative log-likelihoods of the same tokens.
+
+    Returns:
+        None where the gap itself is not known to be there: the ceiling gains nothing, or nothing in some of the
+        resamples, so that the share has no finite interval.
+
+    Raises:
+        DataError: fewer than two records, lengths that differ, or values that are not finite.
+    """
+    arms = [np.asarray(values, dtype=np.float64) for values in (before, after, ceiling)]
+    records = arms[0].size
+    if records < 2 or any(values.shape != (records,) for values in arms):
+        raise DataError(f"three arms on the same two records or more are needed, not {[a.shape for a in arms]}")
+    if not all(np.isfinite(values).all() for values in arms):
+        raise DataError("a bootstrap needs finite sums")
+    gained, possible = arms[0] - arms[1], arms[0] - arms[2]
+    shares = np.empty(resamples)
+    step = max(1, _DRAWS_AT_ONCE // records)
+    for first in range(0, resamples, step):
+        chunk = slice(first, min(first + step, resamples))
+        drawn = rng.integers(records, size=(chunk.stop - first, records))
+        gap = possible[drawn].sum(axis=1)
+        if not (gap > 0).all():
+            return None
+        shares[chunk] = gained[drawn].sum(axis=1) / gap
+    if not possible.sum() > 0:
+        return None
+    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(gained.sum() / possible.sum()), float(low), float(high))
+
+
 def fraction_improved(before: npt.ArrayLike, after: npt.ArrayLike) -> float:
     """The fraction of records whose own loss is strictly lower after."""
     return float(np.mean(np.asarray(after) < np.asarray(before)))

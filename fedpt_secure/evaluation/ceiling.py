@@ -239,7 +239,7 @@ def _judged(example: Example) -> int:
     return len(example.ids) - example.loss_from
 
 
-def as_json(ceiling: Ceiling) -> dict[str, Any]:
+def ceiling_document(ceiling: Ceiling) -> dict[str, Any]:
     """What a report says of it; the place is left out, for it names a folder of this machine."""
     content = asdict(ceiling)
     del content["adapter"]

@@ -14,8 +14,6 @@ import numpy as np
 from fedpt_secure import files
 from fedpt_secure.config import RunConfig
 from fedpt_secure.data import Cache, FederatedText, load_federated_text
-from fedpt_secure.data.examples import Example, encode
-from fedpt_secure.data.simulation import simulation_rng
 from fedpt_secure.errors import LedgerError, ModelError, RoundError
 from fedpt_secure.evaluation import ArmsEvaluation, evaluate_arms
 from fedpt_secure.federation.aggregation import Aggregation, aggregation_of, privacy_document
@@ -24,6 +22,7 @@ from fedpt_secure.federation.client import LARGEST_ADAPTER_ENTRY
 from fedpt_secure.federation.local_engine import Transcript, draw_dropouts, run_round
 from fedpt_secure.federation.mechanisms import RingNoiseMechanism, build_mechanism
 from fedpt_secure.federation.population import Population, build_population, calibrate
+from fedpt_secure.federation.prepared_text import held_out_sample, large_examples, training_examples
 from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.schedule import cohort_schedule, participations
 from fedpt_secure.federation.server import AggregationServer
@@ -32,7 +31,6 @@ from fedpt_secure.federation.state import RunState, restore, save
 from fedpt_secure.privacy import (
     GaussianSteps,
     PrivacyStatement,
-    SmallExample,
     local_statement,
     ring_statement,
 )
@@ -95,7 +93,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
     )
     models = load_models(config, cache=cache, progress=progress)
     small = models.small
-    train, held_out = _encode(text, models, config)
+    train = training_examples(text, models, config)
     mechanism = build_mechanism(config, noise_multiplier=noise_multiplier, dimension=small.dimension)
     state = restore(directory, config, text, small)
     recorder = AuditRecorder(directory, config)
@@ -161,7 +159,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
     # 3. One look at the held-out records, by all four arms.
     began = time.perf_counter()
     evaluation = evaluate_arms(
-        _sample(held_out, config.evaluation.records, config.seed),
+        large_examples(held_out_sample(text, config), models, config),
         models.black_box(progress),
         models.pair,
         rules=[SteeringRule.of(config.proxy)],
@@ -232,29 +230,6 @@ def _round(
         if config.proxy.distill_steps:
             models.distil(config, round_index, progress)
     return transcript
-
-
-def _encode(
-    text: FederatedText, models: RunModels, config: RunConfig
-) -> tuple[dict[str, list[SmallExample]], list[Example]]:
-    """Token ids: training examples in the small LM's vocabulary by client, held-out ones in the large LM's."""
-    length = config.models.context_length
-    train = {
-        client.client_id: [
-            SmallExample(tuple(models.small.token_map.to_small(example.ids)), example.loss_from)
-            for example in (encode(record, models.tokenizer, context_length=length) for record in client.train)
-        ]
-        for client in text.clients
-    }
-    held_out = [
-        encode(record, models.tokenizer, context_length=length) for client in text.clients for record in client.held_out
-    ]
-    return train, held_out
-
-
-def _sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    chosen = simulation_rng("evaluation sample", seed).permutation(len(examples))[:count]
-    return [examples[index] for index in sorted(chosen)]
 
 
 def _require_counted_as(cost: GaussianSteps, population: Population) -> None:

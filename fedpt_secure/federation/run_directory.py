@@ -6,6 +6,7 @@
     transcript.jsonl   one line per round: sizes, times, dropouts; no content
     privacy.json       the privacy statement
     summary.json       the result
+    evaluation.json    what `evaluate` found later
     checkpoint/        state.safetensors, process.json: what resume needs; a directory per run, not per round
     clients/           what each simulated client keeps on its own disk; a real client's stays with the client
     audit/             planted records and what an audit needs of the run (`audit_record`), and the audit's result; no
@@ -49,6 +50,7 @@ _REPLACED = (
     "transcript.jsonl",
     "privacy.json",
     "summary.json",
+    "evaluation.json",
     "adapter",
     "checkpoint/process.json",
     "checkpoint/state.safetensors",

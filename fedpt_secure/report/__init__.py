@@ -3,6 +3,7 @@
 from fedpt_secure.report.compare import Comparison, compare_runs
 from fedpt_secure.report.compose import compose_report
 from fedpt_secure.report.document import Report
+from fedpt_secure.report.evaluation import EvaluateConfig, evaluate_run
 from fedpt_secure.report.html import render_html
 from fedpt_secure.report.ledgers import LedgerSummary, change_budget, find_ledgers, summarise_ledger
 from fedpt_secure.report.markdown import render_markdown
@@ -16,6 +17,7 @@ from fedpt_secure.report.write import write_report
 __all__ = [
     "SCHEMA",
     "Comparison",
+    "EvaluateConfig",
     "LedgerSummary",
     "Plan",
     "PlanConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "check_figure_path",
     "compare_runs",
     "compose_report",
+    "evaluate_run",
     "find_ledgers",
     "find_runs",
     "load_run",

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fedpt_secure import __version__
 from fedpt_secure.evaluation import (
     ArmsEvaluation,
@@ -31,7 +34,7 @@ def summarise(result: RunResult) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "private": result.statement.private,
-        **_utility(
+        **utility(
             evaluation,
             rule=SteeringRule.of(config.proxy),
             seed=config.seed,
@@ -87,7 +90,7 @@ def phase_seconds(transcripts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return totals
 
 
-def _utility(evaluation: ArmsEvaluation, *, rule: SteeringRule, seed: int, resamples: int) -> dict[str, Any]:
+def utility(evaluation: ArmsEvaluation, *, rule: SteeringRule, seed: int, resamples: int) -> dict[str, Any]:
     """Losses of the arms, and what proxy tuning gained, with percentile-bootstrap intervals over records."""
     rng = bootstrap_rng(seed)
     proxied = evaluation.proxy_tuned[rule]
@@ -97,15 +100,7 @@ def _utility(evaluation: ArmsEvaluation, *, rule: SteeringRule, seed: int, resam
         "small_tuned": evaluation.small_tuned,
         "proxy_tuned": proxied,
     }
-    arms = {}
-    for name, sums in losses.items():
-        loss = ratio_interval(sums, evaluation.tokens, rng, resamples=resamples)
-        value = perplexity(loss).value
-        arms[name] = {
-            "loss": loss.value,
-            "perplexity": value if math.isfinite(value) else None,
-            "ci": [loss.low, loss.high],
-        }
+    arms = {name: arm(sums, evaluation.tokens, rng, resamples=resamples) for name, sums in losses.items()}
     gain = improvement_interval(evaluation.large_base, proxied, evaluation.tokens, rng, resamples=resamples)
     return {
         "arms": arms,
@@ -120,4 +115,15 @@ def _utility(evaluation: ArmsEvaluation, *, rule: SteeringRule, seed: int, resam
             "tokens": int(evaluation.tokens.sum()),
             "confidence": 0.95,
         },
+    }
+
+
+def arm(sums: npt.ArrayLike, tokens: npt.ArrayLike, rng: np.random.Generator, *, resamples: int) -> dict[str, Any]:
+    """Loss of one arm in nats per token with its interval, and its perplexity (null where it overflows)."""
+    loss = ratio_interval(sums, tokens, rng, resamples=resamples)
+    value = perplexity(loss).value
+    return {
+        "loss": loss.value,
+        "perplexity": value if math.isfinite(value) else None,
+        "ci": [loss.low, loss.high],
     }

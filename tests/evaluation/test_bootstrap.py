@@ -13,6 +13,7 @@ from fedpt_secure.evaluation.bootstrap import (
     Estimate,
     bootstrap_rng,
     fraction_improved,
+    gap_closed,
     improvement_interval,
     perplexity,
     ratio_interval,
@@ -129,3 +130,32 @@ def test_figures_without_an_interval_are_refused(sums, counts):
 def test_arms_over_different_records_cannot_be_compared():
     with pytest.raises(DataError, match="same records"):
         improvement_interval([1.0, 2.0], [1.0, 2.0, 3.0], [1, 1], bootstrap_rng(0))
+
+
+def test_the_share_of_the_gap_is_the_ratio_of_gains_and_its_interval_covers_the_truth():
+    """95 % intervals over 200 data sets: coverage below 0.89 has chance 4e-4 at the nominal level."""
+    generator, covered = np.random.default_rng(8), 0
+    for trial in range(200):
+        before = generator.normal(40, 8, 150)
+        gap = generator.normal(5, 2, 150)
+        after, ceiling = before - 0.4 * gap + generator.normal(0, 1, 150), before - gap
+        found = gap_closed(before, after, ceiling, bootstrap_rng(trial), resamples=400)
+        covered += found.low <= 0.4 <= found.high
+    assert covered / 200 >= 0.89
+    exact = gap_closed([4.0, 6.0], [3.0, 5.0], [2.0, 4.0], bootstrap_rng(0))
+    assert exact.value == pytest.approx(0.5)
+
+
+def test_no_share_is_stated_of_a_gap_that_may_not_be_there():
+    generator = np.random.default_rng(9)
+    before = generator.normal(40, 8, 50)
+    noise = generator.normal(0, 1, 50)
+    assert gap_closed(before, before - 1, before + noise - noise.mean(), bootstrap_rng(0)) is None
+    assert gap_closed(before, before - 1, before + 1, bootstrap_rng(0)) is None
+
+
+def test_arms_of_other_records_or_with_nan_are_refused():
+    with pytest.raises(DataError, match="same two records"):
+        gap_closed([1.0, 2.0], [1.0, 2.0, 3.0], [1.0, 2.0], bootstrap_rng(0))
+    with pytest.raises(DataError, match="finite"):
+        gap_closed([1.0, 2.0], [1.0, math.nan], [0.0, 0.0], bootstrap_rng(0))

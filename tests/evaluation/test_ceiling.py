@@ -18,7 +18,7 @@ from fedpt_secure.data import Cache
 from fedpt_secure.data.examples import Example
 from fedpt_secure.errors import DataError, ModelError
 from fedpt_secure.evaluation import ceiling as module
-from fedpt_secure.evaluation.ceiling import as_json, ceiling_digest, tune_ceiling
+from fedpt_secure.evaluation.ceiling import ceiling_digest, ceiling_document, tune_ceiling
 from fedpt_secure.evaluation.direct_lora import (
     DirectSettings,
     DirectTuning,
@@ -145,8 +145,8 @@ def test_it_says_that_it_is_not_private_and_only_its_owner_can_enter(weights, ex
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert json.loads((folder / "ceiling.json").read_text())["private"] is False
     assert "NOT PRIVATE" in (ceiling.adapter / "README.md").read_text()
-    assert as_json(ceiling)["private"] is False
-    assert str(tmp_path) not in json.dumps(as_json(ceiling))
+    assert ceiling_document(ceiling)["private"] is False
+    assert str(tmp_path) not in json.dumps(ceiling_document(ceiling))
 
 
 @pytest.mark.parametrize("damage", ["adapter", "json", "schema"])
