@@ -49,7 +49,7 @@ async def growing(
         async for choice in continuation:
             generated += 1
             if choice.ends:
-                rest = scanner.rest()
+                rest = scanner.rest(text.rest())
                 yield Delta(index, rest.text, rest.choices, "stop", generated)
                 return
             piece = scanner.add(text.add(choice.token), choice)
@@ -57,7 +57,7 @@ async def growing(
                 yield Delta(index, piece.text, piece.choices, "stop", generated)
                 return
             if generated == continuation.job.max_new_tokens:
-                rest = scanner.rest()
+                rest = scanner.rest(text.rest())
                 yield Delta(index, piece.text + rest.text, piece.choices + rest.choices, "length", generated)
                 return
             if piece.text or piece.choices:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import codecs
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -21,36 +22,78 @@ class TokenText:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._is_byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.to_str())["decoder"])
+        decoder = tokenizer.decoder
+        self._is_byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+        added = tokenizer.get_added_tokens_decoder()
+        self._controls = frozenset(token for token, what in added.items() if what.special)
 
     def token(self, token: int) -> tuple[str, bytes]:
         """The text of one token, with U+FFFD where it holds part of a character, and its bytes.
 
         Control tokens are spelt out: they are reported as alternatives, never as part of an answer.
         """
-        spelling = self._tokenizer.id_to_token(token) or ""
-        if self._is_byte_level and all(character in _BYTE_OF for character in spelling):
-            content = bytes(_BYTE_OF[character] for character in spelling)
-        else:
+        content = self._bytes(token)
+        if content is None:
+            spelling = self._tokenizer.id_to_token(token) or ""
             content = (self._tokenizer.decode([token], skip_special_tokens=False) or spelling).encode()
         return content.decode(errors="replace"), content
 
     def growing(self) -> GrowingText:
         """An empty text to add tokens to."""
-        return GrowingText(self._tokenizer)
+        if self._is_byte_level:
+            return _GrowingBytes(self._bytes_in_text)
+        return _GrowingPieces(self._tokenizer)
+
+    def _bytes(self, token: int) -> bytes | None:
+        """The bytes that a byte-level token stands for; None for any other."""
+        spelling = self._tokenizer.id_to_token(token) or ""
+        if not self._is_byte_level or not all(character in _BYTE_OF for character in spelling):
+            return None
+        return bytes(_BYTE_OF[character] for character in spelling)
+
+    def _bytes_in_text(self, token: int) -> bytes:
+        if token in self._controls:
+            return b""
+        return self.token(token)[1]
 
 
-class GrowingText:
+class GrowingText(Protocol):
     """Decodes token by token; a character that is spread over several tokens comes with the last of them."""
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; often its own, sometimes none."""
+
+    def rest(self) -> str:
+        """What an unfinished character at the end is shown as."""
+
+
+class _GrowingBytes:
+    """Byte-level tokenizers: the tokens' bytes are the text's, whatever their order."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(self._bytes_of(token))
+
+    def rest(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _GrowingPieces:
+    """Other tokenizers, whose tokens read differently by what stands before them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def add(self, token: int) -> str:
-        """The text that this token completes; often its own, sometimes none."""
         piece: str | None = self._stream.step(self._tokenizer, token)
         return piece or ""
+
+    def rest(self) -> str:
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +130,9 @@ class StopScanner:
             return self._release(min(found), whole=True)
         return self._release(len(self._held) - self._undecided())
 
-    def rest(self) -> Piece:
-        """What was held back when the answer ended without a stop string."""
+    def rest(self, text: str = "") -> Piece:
+        """What was held back when the answer ended without a stop string, and a last bit of text behind it."""
+        self._held += text
         return self._release(len(self._held), whole=True)
 
     def _undecided(self) -> int:

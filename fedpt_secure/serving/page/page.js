@@ -41,6 +41,10 @@ async function describeRun() {
     const run = (await response.json()).data[0];
     $("about").textContent = `Run ${run.id}: the large model alone, the small model that was tuned privately, and the large model steered by it.`;
     $("alpha").value = Math.min(2, run.alpha);
+    if (run.shares.length) {
+      $("alpha-help").textContent =
+        "0 takes the shift away; this run also mixes the small model in by place. Moving it answers the same prompt again.";
+    }
     showAlpha();
     $("chat").disabled = !run.chat;
     const statement = await fetch("v1/privacy", { headers: headers() });
