@@ -273,6 +273,10 @@ class ProxyConfig(Settings):
     distill_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of distillation on public text after each round; 0 switches it off."""
     distill_learning_rate: Positive = 1e-3
+    distill_temperature: Positive = 1.0
+    """Softens teacher and student while distilling."""
+    distill_top_k: Count = 128
+    """Classes of the black box's answers that are kept a position; the others share what is left."""
 
 
 class EvaluationConfig(Settings):

@@ -19,7 +19,9 @@ from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
 from fedpt_secure.progress import Progress
 from fedpt_secure.proxy import (
     AdapterPair,
+    AnswerCache,
     BlackBoxLM,
+    DistillationReport,
     LocalTransformersLM,
     PublicAnswers,
     PublicText,
@@ -50,6 +52,7 @@ class RunModels:
     pair: AdapterPair
     weights: LargeWeights
     device: torch.device
+    cache: Cache
     _black_box: BlackBoxLM | None = None
     _answers: PublicAnswers | None = None
 
@@ -60,20 +63,32 @@ class RunModels:
                 self._black_box = guard(LocalTransformersLM(self.weights.path, device=self.device))
         return self._black_box
 
-    def distil(self, config: RunConfig, round_index: int, progress: Progress) -> None:
+    def distil(self, config: RunConfig, round_index: int, progress: Progress) -> DistillationReport:
         """FedPT's last step after a round: teach the tuned small LM what its proxied large LM says on public text."""
         if self._answers is None:
             text = load_public_text(self.tokenizer, context_length=config.models.context_length)
-            self._answers = ask_black_box(self.black_box(progress), self.small.token_map, text, progress)
-        distil(
+            kept = AnswerCache(
+                self.cache.root / "answers",
+                model=self.weights.digest,
+                token_map=self.small.token_map,
+                top_k=config.proxy.distill_top_k,
+            )
+            self._answers = ask_black_box(self.black_box(progress), self.small.token_map, text, kept, progress)
+        report = distil(
             self.small.model,
             self._answers,
             rule=SteeringRule.of(config.proxy),
             steps=config.proxy.distill_steps,
             learning_rate=config.proxy.distill_learning_rate,
+            temperature=config.proxy.distill_temperature,
             seed=config.seed + round_index,
             progress=progress,
         )
+        progress.note(
+            f"distilled on public text: KL to the proxied large LM {report.divergence_before:.4f} -> "
+            f"{report.divergence_after:.4f} nats a position, on a tenth it did not learn from"
+        )
+        return report
 
 
 def load_public_text(tokenizer: TextTokenizer, *, context_length: int) -> PublicText:
@@ -119,6 +134,7 @@ def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunMo
         pair=AdapterPair(small.model, small.token_map),
         weights=weights,
         device=device,
+        cache=cache,
     )
 
 

@@ -11,17 +11,12 @@ from fedpt_secure.proxy.arithmetic import (
 )
 from fedpt_secure.proxy.black_box import BlackBoxLM, Capabilities, GuardedBlackBox, Session, guard
 from fedpt_secure.proxy.decoding import DecodingSettings, choose_token, generate
-from fedpt_secure.proxy.distillation import (
-    DistillationReport,
-    PublicAnswers,
-    PublicText,
-    ask_black_box,
-    distil,
-)
+from fedpt_secure.proxy.distillation import DistillationReport, distil
 from fedpt_secure.proxy.http_transport import ApiRefusal, ApiUsage, HttpTransport, TransportSettings
 from fedpt_secure.proxy.llama_cpp import LlamaCppSource
 from fedpt_secure.proxy.local_transformers import LocalTransformersLM, load_causal_lm
 from fedpt_secure.proxy.openai_api import OpenAISource
+from fedpt_secure.proxy.public_answers import AnswerCache, AskingCost, PublicAnswers, PublicText, ask_black_box
 from fedpt_secure.proxy.restated_session import RestatedSession
 from fedpt_secure.proxy.small_pair import SmallPair, SmallSession
 from fedpt_secure.proxy.steering import (
@@ -36,8 +31,10 @@ from fedpt_secure.proxy.top_source import RemoteLM, TopSource
 
 __all__ = [
     "AdapterPair",
+    "AnswerCache",
     "ApiRefusal",
     "ApiUsage",
+    "AskingCost",
     "BlackBoxLM",
     "Capabilities",
     "DecodingSettings",

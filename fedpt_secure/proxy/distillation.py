@@ -14,8 +14,7 @@ private data chose the text, the number of steps or whether to keep the result. 
 classes: a mapped token keeps its probability, the unknown class has that of all tokens outside the map. Only the
 parameters that federated training trains are changed, so the adapter stays one thing with one history.
 
-The black box is asked once per text (`ask_black_box`), whatever the number of rounds; the answers are kept in memory as
-float16 over the small classes: `2 * small_vocabulary` bytes a token (16 KiB for 8,192 classes).
+The black box is asked once per text, whatever the number of rounds (`public_answers`).
 """
 
 from __future__ import annotations
@@ -29,62 +28,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fedpt_secure.errors import ConfigError, DataError, ModelError
-from fedpt_secure.lm.token_map import TokenMap
+from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.progress import SILENT, Progress
 from fedpt_secure.proxy.adapter_pair import AdapterPair, evaluating
-from fedpt_secure.proxy.arithmetic import restricted_logprobs
-from fedpt_secure.proxy.black_box import BlackBoxLM, guard
+from fedpt_secure.proxy.public_answers import PublicAnswers
 from fedpt_secure.proxy.steering import SteeringRule, steered_classes
 
 _HELD_OUT_FRACTION = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class PublicText:
-    """Text that is nobody's secret, cut by the large tokenizer.
-
-    Attributes:
-        source: what it is and under which licence; stands in the report.
-        sequences: large token ids, each opened by the separator; at least two sequences, none empty.
-
-    Raises:
-        DataError: the source is not named, or there are fewer than two sequences, or one is empty.
-    """
-
-    source: str
-    sequences: tuple[tuple[int, ...], ...]
-
-    def __post_init__(self) -> None:
-        if not self.source.strip():
-            raise DataError("public text needs its source named", hint="say what it is and under which licence")
-        if len(self.sequences) < 2 or not all(self.sequences):
-            raise DataError(
-                f"public text needs two sequences or more, none empty; {self.source} gave {len(self.sequences)}",
-                hint="one part teaches, another part measures",
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class PublicAnswers:
-    """What the black box says about a public text, as far as the small vocabulary can express it.
-
-    Attributes:
-        source: the text's.
-        token_map: whose small classes are meant.
-        small_ids: the text in small ids, sequence by sequence.
-        classes: per sequence, the log-probability of each small class after each position: float16 `[len, v]`.
-    """
-
-    source: str
-    token_map: TokenMap
-    small_ids: tuple[tuple[int, ...], ...]
-    classes: tuple[Tensor, ...]
-
-    @property
-    def size_in_bytes(self) -> int:
-        """The memory the answers take."""
-        return sum(answer.numel() * answer.element_size() for answer in self.classes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,26 +58,6 @@ class DistillationReport:
     divergence_after: float
 
 
-def ask_black_box(
-    black_box: BlackBoxLM, token_map: TokenMap, text: PublicText, progress: Progress = SILENT
-) -> PublicAnswers:
-    """Query the black box once for every position of a public text.
-
-    Raises:
-        BlackBoxError: it cannot score whole texts over the full vocabulary, or misbehaves.
-        ModelError: the text has ids outside the large vocabulary.
-    """
-    order = sorted(range(len(text.sequences)), key=lambda index: -len(text.sequences[index]))
-    answers: list[Tensor] = [torch.empty(0)] * len(order)
-    with progress.task("black box on public text", sum(map(len, text.sequences)), unit="tokens") as task:
-        scored = guard(black_box).score([text.sequences[index] for index in order])
-        for index, dense in zip(order, scored, strict=True):
-            answers[index] = restricted_logprobs(dense, token_map).to("cpu", torch.float16)
-            task.advance(len(dense))
-    small_ids = tuple(tuple(token_map.to_small(sequence)) for sequence in text.sequences)
-    return PublicAnswers(text.source, token_map, small_ids, tuple(answers))
-
-
 def distil(
     model: PeftModel,
     answers: PublicAnswers,
@@ -147,7 +77,7 @@ def distil(
 
     Args:
         model: the small LM with the round's aggregate in its adapter; its trainable parameters are taught.
-        answers: from `ask_black_box`.
+        answers: from `public_answers.ask_black_box`.
         rule: how the small LM steers the proxied model that teaches; a public text is a text from its first token on.
         steps: Adam steps, fixed beforehand.
         learning_rate: Adam's; the others of its constants are the usual ones.
@@ -213,7 +143,7 @@ class _Teacher:
         ordered = sorted(indices, key=lambda index: -len(answers.small_ids[index]))
         pair = AdapterPair(model, answers.token_map)
         for index, (base, tuned) in zip(ordered, pair.score([self.ids[i] for i in ordered]), strict=True):
-            classes = answers.classes[index].float()
+            classes = answers.classes(index, base.cpu())
             places = torch.arange(len(classes))
             proxied = steered_classes(classes, base.cpu(), tuned.cpu(), answers.token_map, rule, places)
             self.logprobs[index] = proxied.half()
