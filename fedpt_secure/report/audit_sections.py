@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fedpt_secure.errors import RunDirectoryError
+from fedpt_secure.report.attack_sections import PART_SECTIONS
 from fedpt_secure.report.document import Axis, Figure, Section, Series, Table
 from fedpt_secure.report.run_record import AUDIT_FILE, RunRecord
 
 VerdictKind = Literal["no violation detected", "violation", "not audited"]
-_SMALLEST_RATE = 1e-3
-_VIEW_NAMES = {"released_adapter": "the released adapter", "endpoint": "the served endpoint"}
-_FORM_NAMES = {"full": "full answers", "top_k": "top-k answers", "token": "tokens only"}
 
 
 def audit_verdict(run: RunRecord) -> tuple[VerdictKind, str]:
@@ -47,8 +45,7 @@ def audit_sections(subject: RunRecord, runs: Sequence[RunRecord]) -> tuple[Secti
     try:
         parts = audit["parts"]
         made = [_overview(subject, audit, runs)]
-        if "membership" in parts:
-            made.append(_membership(subject, parts["membership"]))
+        made += [section(subject, parts[part]) for part, section in PART_SECTIONS.items() if part in parts]
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise RunDirectoryError(
             f"{subject.path / AUDIT_FILE} lacks what its schema promises: {error!r}",
@@ -85,9 +82,18 @@ def _overview(subject: RunRecord, audit: Mapping[str, Any], runs: Sequence[RunRe
     if (figure := _claimed_and_measured(runs)) is not None:
         items.insert(0, figure)
     costs = audit["budget"]["cost_in_power"]
-    text = [str(verdict["sentence"]) + ".", f"Held to: {claim.get('sentence', claim.get('epsilon'))}."]
+    text = [str(verdict["sentence"]) + ".", _held_to(claim)]
     text += [f"Smaller than asked, to end in time: {line}." for line in costs]
     return Section("audit", "Audit", tuple(text), tuple(items))
+
+
+def _held_to(claim: Mapping[str, Any]) -> str:
+    if claim["epsilon"] is None:
+        return "The run claims no epsilon, so that there is none to hold it to."
+    return (
+        f"Held to epsilon {claim['epsilon']:g} at delta = {claim['delta']:g} for each {claim['unit']}; neighbouring: "
+        f"{claim['neighbouring']}; from {claim['source']}."
+    )
 
 
 def _claimed_and_measured(runs: Sequence[RunRecord]) -> Figure | None:
@@ -130,90 +136,6 @@ def _claimed_and_measured(runs: Sequence[RunRecord]) -> Figure | None:
         "bounds epsilon from below only.",
         tuple(source for run in runs if run.audit is not None for source in run.source(AUDIT_FILE)),
     )
-
-
-def _membership(subject: RunRecord, part: Mapping[str, Any]) -> Section:
-    source = subject.source(AUDIT_FILE)
-    views = part["views"]
-    headlines = [(_view_name(view), _headline(view)) for view in views]
-    curves = [_curve(name, attack["roc"], colour) for colour, (name, attack) in enumerate(headlines)]
-    curves.append(_curve("most that the claim allows", views[0]["ceiling"], 6))
-    histogram = headlines[0][1]["histogram"]
-    middles = tuple((a + b) / 2 for a, b in zip(histogram["edges"], histogram["edges"][1:], strict=False))
-    shown: list[Figure | Table] = [
-        Figure(
-            "roc",
-            "True against false positives, both on a log scale",
-            Axis("false-positive rate", "log", low=_SMALLEST_RATE, high=1),
-            Axis("true-positive rate", "log", low=_SMALLEST_RATE, high=1),
-            tuple(curves),
-            f"The headline score ({views[0]['headline']}) at each view. Left is where an attack hurts: few false "
-            f"alarms. Rates below {_SMALLEST_RATE:g} are drawn at {_SMALLEST_RATE:g}. A curve above the ceiling is a "
-            "hint, no proof: the records share one split and one training.",
-            source,
-        ),
-        Figure(
-            "scores",
-            f"Scores of members and others, {headlines[0][0]}",
-            Axis(f"score {views[0]['headline']}"),
-            Axis("records"),
-            tuple(
-                Series(name, "bars", middles, tuple(map(float, histogram[key])), colour=colour)
-                for name, key, colour in (("members", "members", 1), ("held out", "non_members", 0))
-            ),
-            "The more the two overlap, the less membership shows.",
-            source,
-        ),
-        Table(
-            "membership",
-            "Membership inference",
-            ("view", "score", "AUC", "balanced accuracy", "TPR at 1 % FPR", "TPR at 0.1 % FPR"),
-            tuple(_attack_row(_view_name(view), attack) for view in views for attack in view["attacks"]),
-            f"{views[0]['members']} members and {views[0]['non_members']} held-out records at the first view; "
-            "thresholds chosen on one half, judged on the other; Clopper-Pearson intervals, 95 %.",
-            source,
-        ),
-    ]
-    gate = part["gate"]
-    text = (
-        f"Gate: {gate['sentence']} (AUC of a bag-of-words classifier {_estimate(gate['auc'])}).",
-        "An adversary who holds the adapter, or asks the endpoint, guesses whether a record was trained on.",
-    )
-    return Section("membership-inference", "Membership inference", text, tuple(shown))
-
-
-def _curve(name: str, rates: Mapping[str, Sequence[float]], colour: int) -> Series:
-    """A ROC curve within the figure: what lies below the smallest rate lies on its edge."""
-    points = [
-        (max(x, _SMALLEST_RATE), max(y, _SMALLEST_RATE))
-        for x, y in zip(rates["fpr"], rates["tpr"], strict=True)
-        if x >= _SMALLEST_RATE or y >= _SMALLEST_RATE
-    ]
-    return Series(name, "line", tuple(x for x, _ in points), tuple(y for _, y in points), colour=colour)
-
-
-def _attack_row(view: str, attack: Mapping[str, Any]) -> tuple[str, ...]:
-    cells = [view, str(attack["score"]), _estimate(attack["auc"]), _estimate(attack["balanced_accuracy"])]
-    for level in attack["at_fpr"]:
-        cells.append(_estimate(level["tpr"]) if level["resolvable"] else "too few records")
-    return tuple(cells)
-
-
-def _view_name(view: Mapping[str, Any]) -> str:
-    name = _VIEW_NAMES.get(view["view"], str(view["view"]))
-    return name if view["answers"] is None else f"{name}, {_FORM_NAMES.get(view['answers'], view['answers'])}"
-
-
-def _headline(view: Mapping[str, Any]) -> Mapping[str, Any]:
-    for attack in view["attacks"]:
-        if attack["score"] == view["headline"]:
-            found: Mapping[str, Any] = attack
-            return found
-    raise ValueError(f"view {view['view']!r} lacks its headline score")
-
-
-def _estimate(found: Mapping[str, float]) -> str:
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 def _bound(value: float | None) -> str:

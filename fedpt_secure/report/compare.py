@@ -10,8 +10,9 @@ from typing import Any
 
 from fedpt_secure.errors import ConfigError
 from fedpt_secure.report.audit_sections import audit_verdict
-from fedpt_secure.report.run_record import RunRecord
-from fedpt_secure.report.run_sections import ARM_NAMES, epsilon_name, flat_settings
+from fedpt_secure.report.run_record import ARMS, RunRecord, epsilon_name
+from fedpt_secure.report.run_sections import flat_settings
+from fedpt_secure.report.utility_sections import ARM_NAMES
 
 SCHEMA = "fedpt-secure/comparison/1"
 
@@ -71,7 +72,7 @@ def compare_runs(first: RunRecord, second: RunRecord) -> Comparison:
         ("epsilon stated", _stated),
         ("delta", lambda run: f"{run.privacy['delta']:g}"),
         ("unit", lambda run: str(run.privacy["unit"])),
-        *((name, partial(_loss, arm=arm)) for arm, name in ARM_NAMES.items()),
+        *((ARM_NAMES[arm], partial(_loss, arm=arm)) for arm in ARMS),
         ("gain over the large LM alone", _gain),
         ("records improved", lambda run: f"{run.summary['improvement']['fraction_improved']:.1%}"),
         ("held-out records", lambda run: str(run.summary["evaluation"]["records"])),

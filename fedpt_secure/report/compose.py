@@ -17,8 +17,8 @@ from fedpt_secure.report.run_sections import (
     limits_section,
     participation_section,
     privacy_section,
-    utility_section,
 )
+from fedpt_secure.report.utility_sections import utility_section
 
 
 def compose_report(paths: Sequence[Path], *, subject: str | None = None, title: str | None = None) -> Report:

@@ -157,3 +157,8 @@ def _require_arms(path: Path, summary: Mapping[str, Any]) -> None:
         sound = False
     if not sound:
         raise RunDirectoryError(f"{path} lacks a figure or holds one that is no number", hint=_LOST)
+
+
+def epsilon_name(epsilon: float) -> str:
+    """An epsilon as an axis has it."""
+    return "inf" if math.isinf(epsilon) else f"{epsilon:g}"
