@@ -2,6 +2,7 @@
 
     python benchmarks/dp_training.py --large PATH         # the table; about 15 minutes on one core
     python benchmarks/dp_training.py --quick              # under a minute: the default adapter alone
+    python benchmarks/dp_training.py --savings            # what precision, kept activations and sampling save
     python benchmarks/dp_training.py --json > dp.json     # --from dp.json prints it again, also as --markdown
 
 Every variant sums the gradients of the same examples for the same trained parameters; "x8" means 8 examples per pass.
@@ -25,9 +26,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from dp_training_cases import CASES, Case, Variant, build, make_examples, variants
 from dp_training_measure import conditions, flops, memory_in_a_fresh_process, norm_errors, peak_memory, rounding, times
 from dp_training_report import Results, markdown, print_table, summarise
+from dp_training_savings import measure_heads, measure_savings, savings_markdown, shortened
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -47,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case, chosen = json.loads(options.memory_of)
         print(json.dumps(peak_memory(Case(**case), [Variant(**variant) for variant in chosen])))
         return 0
+    if options.savings:
+        results = savings(options, console)
+        print(json.dumps(results, indent=2) if options.json else savings_markdown(results))
+        return 0
     try:
         results = json.loads(options.read.read_text()) if options.read else measure(options, console)
     except FedptError as error:
@@ -59,6 +66,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print_table(results, Console(width=max(Console().width, 140)))
     return 0
+
+
+def savings(options: argparse.Namespace, console: Console) -> Results:
+    """The cases of the built-in model, with each saving, and heads of two vocabularies."""
+    chosen = [
+        shortened(
+            replace(case, threads=options.threads, longest=options.longest), options.examples, options.repetitions
+        )
+        for case in CASES
+        if case.model != "large" and case.name in (options.cases or [case.name])
+    ]
+    results: Results = {"conditions": conditions("cpu", options.threads), "savings": []}
+    torch.set_num_threads(options.threads)
+    results["heads"] = measure_heads(positions=options.longest, width=576, repetitions=chosen[0].repetitions)
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        for case in chosen:
+            task = progress.add_task(case.name, total=case.repetitions)
+            results["savings"].append(measure_savings(case, lambda task=task: progress.advance(task)))
+    return results
 
 
 def measure(options: argparse.Namespace, console: Console) -> Results:
@@ -125,6 +151,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default 1, as a client has)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--cache", type=Path, help="where --large smollm2 keeps its weights")
+    parser.add_argument(
+        "--savings", action="store_true", help="what each way to save work saves, and what a head costs"
+    )
     parser.add_argument("--quick", action="store_true", help="the default case alone, few examples")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true")

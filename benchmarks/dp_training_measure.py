@@ -150,6 +150,16 @@ def peak_memory(case: Case, variants: Sequence[Variant]) -> dict[str, dict[str, 
     return memory
 
 
+def peak_of(run: Callable[[], object]) -> int | None:
+    """Resident bytes that one call needs beyond what there was before it; None where the system keeps no mark."""
+    if not _CLEAR.exists():
+        return None
+    before = _resident(on_gpu=False)
+    _reset_peak(on_gpu=False)
+    run()
+    return max(0, _peak(on_gpu=False) - before)
+
+
 def _resident(on_gpu: bool) -> int:
     gc.collect()
     if on_gpu:

@@ -258,6 +258,9 @@ class TrainingConfig(Settings):
     """What the server makes of the mean update (post-processing): FedAvg, FedAvgM or FedAdam (Reddi et al. 2021)."""
     server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 0.05
     server_momentum: Fraction = 0.9
+    average_decay: Fraction = 0.0
+    """The released adapter is the exponential moving average of the server's iterates with this decay
+    (post-processing); 0 releases the last one."""
     update_bound: Positive = 1.0
     """Each coordinate of a client's update is clipped to this before encoding."""
 

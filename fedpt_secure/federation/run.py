@@ -152,6 +152,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
             if declined
             else "fewer dropouts, larger cohorts, or a smaller --minimum-survivors",
         )
+    small.load_adapter_vector(state.average.value(small.adapter_vector()))
     statement = _statement(config, population, transcripts)
     files.write_json(directory.path / "privacy.json", privacy_document(statement, aggregation))
     directory.replace_adapter(small.save_adapter, readme=_adapter_readme(statement, small.name))
@@ -229,6 +230,7 @@ def _round(
         small.load_adapter_vector(moved)
         if config.proxy.distill_steps:
             models.distil(config, round_index, progress)
+        state.average = state.average.with_iterate(small.adapter_vector())
     return transcript
 
 

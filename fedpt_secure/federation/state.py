@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fedpt_secure.config import RunConfig, build
 from fedpt_secure.data import FederatedText
 from fedpt_secure.errors import RunDirectoryError
+from fedpt_secure.federation.iterate_average import IterateAverage
 from fedpt_secure.federation.run_directory import Checkpoint, RunDirectory, new_run_id
 from fedpt_secure.federation.server_optimizer import ServerOptimizer
 from fedpt_secure.lm.small import SmallLM
@@ -18,6 +19,7 @@ class RunState:
     """The run after `rounds_done` rounds; the adapter itself is loaded in the small LM.
 
     Attributes:
+        average: of the iterates so far; what the run leaves behind.
         new: no checkpoint has been written yet.
         clip_norm: of the next round.
         seconds: wall time by phase of the run, restarts included.
@@ -26,6 +28,7 @@ class RunState:
     run_id: bytes
     rounds_done: int
     optimizer: ServerOptimizer
+    average: IterateAverage
     seconds: dict[str, float]
     clip_norm: float
     new: bool
@@ -50,7 +53,8 @@ def restore(directory: RunDirectory, config: RunConfig, text: FederatedText, sma
             momentum=training.server_momentum,
             dimension=small.dimension,
         )
-        return RunState(new_run_id(), 0, optimizer, {}, config.privacy.clip_norm, new=True)
+        average = IterateAverage.fresh(training.average_decay, dimension=small.dimension)
+        return RunState(new_run_id(), 0, optimizer, average, {}, config.privacy.clip_norm, new=True)
     _require_same(directory, checkpoint, config, text, small)
     small.load_adapter_vector(checkpoint.tensors["adapter"])
     optimizer = ServerOptimizer(
@@ -66,6 +70,7 @@ def restore(directory: RunDirectory, config: RunConfig, text: FederatedText, sma
         checkpoint.run_id,
         checkpoint.rounds_done,
         optimizer,
+        IterateAverage(training.average_decay, checkpoint.tensors["average"], optimizer.steps),
         dict(checkpoint.scalars["seconds"]),
         checkpoint.scalars["clip_norm"],
         new=False,
@@ -85,6 +90,7 @@ def save(directory: RunDirectory, state: RunState, config: RunConfig, text: Fede
                 "adapter": small.adapter_vector(),
                 "first_moment": state.optimizer.first_moment,
                 "second_moment": state.optimizer.second_moment,
+                "average": state.average.total,
             },
             scalars={
                 "optimizer_steps": state.optimizer.steps,

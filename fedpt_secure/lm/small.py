@@ -114,13 +114,18 @@ class SmallLM:
             ((name, p) for name, p in self.model.named_parameters() if p.requires_grad), key=lambda item: item[0]
         )
         self.digest = self._digest()
-        self.split: SplitLM | None = split_model(self.model, [name for name, _ in self._trainable], compute)
+        self.split: SplitLM | None = split_model(self.model, self.trained_names, compute)
         """The model cut below its first trained module, for one example's gradient; None if it cannot be cut."""
 
     @property
     def dimension(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for _, parameter in self._trainable)
+
+    @property
+    def trained_names(self) -> list[str]:
+        """Names of the trained parameters, as in `model.named_parameters()`, in the order of `adapter_vector`."""
+        return [name for name, _ in self._trainable]
 
     @property
     def trainable(self) -> list[torch.nn.Parameter]:

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from fedpt_secure.config import RunConfig, build
 from fedpt_secure.crypto import FixedPointEncoding
@@ -45,6 +46,30 @@ def test_a_run_keeps_its_promise_and_leaves_everything_behind(tiny_config, tmp_p
     assert {"config.toml", "adapter", "metrics.jsonl", "transcript.jsonl", "privacy.json", "checkpoint"} <= names
     assert len(directory.read_log("metrics")) == len(directory.read_log("transcript")) == 3
     json.dumps(summary, allow_nan=False)
+
+
+def released(directory) -> np.ndarray:
+    content = load_file(directory.adapter / "adapter_model.safetensors")
+    return np.concatenate([content[name].reshape(-1) for name in sorted(content) if "lora_B" in name])
+
+
+def test_the_released_adapter_is_the_average_of_the_iterates_and_training_goes_on_from_the_last(
+    tiny_settings, tmp_path
+):
+    runs = {}
+    for decay in (0.0, 0.5):
+        config = changed({**tiny_settings, "insecure_deterministic": True}, training={"average_decay": decay})
+        runs[decay], _ = run(config, tmp_path / str(decay), tmp_path / "cache")
+    last, averaged = (runs[decay].load_checkpoint().tensors for decay in (0.0, 0.5))
+    assert np.array_equal(averaged["adapter"], last["adapter"])
+    assert np.array_equal(released(runs[0.0]), last["adapter"])
+    expected = (averaged["average"] / (1 - 0.5**3)).astype(np.float32)
+    assert np.array_equal(released(runs[0.5]), expected)
+    assert not np.array_equal(expected, last["adapter"])
+    # A finished run that is resumed releases the same average again, not an average of the average.
+    again = RunDirectory.open(runs[0.5].path)
+    run_training(again.config(), again, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    assert np.array_equal(released(again), expected)
 
 
 def test_the_adapter_loads_with_plain_peft(tiny_config, tiny_models, tmp_path):
