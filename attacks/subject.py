@@ -21,6 +21,7 @@ from fedpt_secure.errors import RunDirectoryError
 from fedpt_secure.federation import RunDirectory, load_planted
 from fedpt_secure.federation.schedule import cohort_schedule
 from fedpt_secure.federation.setup import RunModels, load_models
+from fedpt_secure.federation.state import released_adapter
 from fedpt_secure.privacy import SmallExample
 from fedpt_secure.progress import Progress
 from fedpt_secure.proxy import AdapterPair, SteeringRule, steered_logprobs
@@ -157,7 +158,7 @@ def load_subject(directory: RunDirectory, *, cache: Cache, progress: Progress) -
             hint="restore the data (and audit/planted.json, if the run has planted records)",
         )
     models = load_models(config, cache=cache, progress=progress)
-    models.small.load_adapter_vector(checkpoint.tensors["adapter"])
+    models.small.load_adapter_vector(released_adapter(checkpoint, config))
     return Subject(
         directory=directory,
         config=config,
@@ -169,7 +170,7 @@ def load_subject(directory: RunDirectory, *, cache: Cache, progress: Progress) -
             text.client_ids, rounds=config.federation.rounds, cohort=config.federation.agreed_cohort, seed=config.seed
         ),
         survivors=tuple(tuple(line["survivors"]) for line in directory.read_log("transcript")),
-        adapter=checkpoint.tensors["adapter"].astype(np.float32),
+        adapter=released_adapter(checkpoint, config),
         run_id=checkpoint.run_id,
     )
 

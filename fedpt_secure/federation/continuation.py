@@ -10,6 +10,7 @@ from fedpt_secure.data.examples import PairTemplate
 from fedpt_secure.errors import ConfigError, RunDirectoryError
 from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.setup import load_models
+from fedpt_secure.federation.state import released_adapter
 from fedpt_secure.progress import Progress
 from fedpt_secure.proxy import DecodingSettings, SteeringRule
 from fedpt_secure.proxy import generate as decode
@@ -48,7 +49,7 @@ def continuations(
     if checkpoint is None:
         raise RunDirectoryError(f"{directory.path} has no checkpoint yet", hint="let it finish a round first")
     models = load_models(config, cache=cache, progress=progress)
-    models.small.load_adapter_vector(checkpoint.tensors["adapter"])
+    models.small.load_adapter_vector(released_adapter(checkpoint, config))
     tokenizer = models.tokenizer
     ids = [tokenizer.separator_id, *tokenizer.ids(prompt)]
     first_place = len(ids) - 1

@@ -13,6 +13,7 @@ from fedpt_secure.errors import RunDirectoryError
 from fedpt_secure.federation.audit_record import load_planted
 from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.setup import RunModels, load_models
+from fedpt_secure.federation.state import released_adapter
 from fedpt_secure.progress import Progress
 
 
@@ -63,5 +64,5 @@ def open_finished(directory: RunDirectory, *, cache: Cache, progress: Progress) 
             f"{directory.path} was trained with another small LM than {config.models.small!r} is now",
             hint="install the version that trained it, or restore the model's folder",
         )
-    models.small.load_adapter_vector(checkpoint.tensors["adapter"])
+    models.small.load_adapter_vector(released_adapter(checkpoint, config))
     return FinishedRun(config, text, models, privacy)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedpt_secure.config import RunConfig, build
 from fedpt_secure.data import FederatedText
 from fedpt_secure.errors import RunDirectoryError
 from fedpt_secure.federation.iterate_average import IterateAverage
 from fedpt_secure.federation.run_directory import Checkpoint, RunDirectory, new_run_id
 from fedpt_secure.federation.server_optimizer import ServerOptimizer
-from fedpt_secure.lm.small import SmallLM
+from fedpt_secure.lm.small import FloatVector, SmallLM
 
 
 @dataclass(slots=True)
@@ -36,6 +38,14 @@ class RunState:
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Count time spent."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+def released_adapter(checkpoint: Checkpoint, config: RunConfig) -> FloatVector:
+    """What the run leaves behind at this checkpoint: the average of its iterates, or the last one (decay 0)."""
+    average = IterateAverage(
+        config.training.average_decay, checkpoint.tensors["average"], checkpoint.scalars["optimizer_steps"]
+    )
+    return average.value(checkpoint.tensors["adapter"].astype(np.float32))
 
 
 def restore(directory: RunDirectory, config: RunConfig, text: FederatedText, small: SmallLM) -> RunState:

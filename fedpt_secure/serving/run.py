@@ -11,6 +11,7 @@ from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.errors import RunDirectoryError
 from fedpt_secure.federation import RunDirectory
 from fedpt_secure.federation.setup import load_models
+from fedpt_secure.federation.state import released_adapter
 from fedpt_secure.lm.vocabulary import load_tokenizer
 from fedpt_secure.progress import Progress
 from fedpt_secure.proxy import SteeringRule
@@ -117,7 +118,7 @@ def load_run(directory: RunDirectory, *, cache: Cache, progress: Progress) -> Se
     if checkpoint is None:
         raise RunDirectoryError(f"{directory.path} has no checkpoint yet", hint="let it finish a round first")
     models = load_models(config, cache=cache, progress=progress)
-    models.small.load_adapter_vector(checkpoint.tensors["adapter"])
+    models.small.load_adapter_vector(released_adapter(checkpoint, config))
     black_box = models.black_box(progress)
     spelling = load_tokenizer(models.weights.path / "tokenizer.json")
     spelling.no_truncation()

@@ -15,7 +15,7 @@ from fedpt_secure.config import RunConfig, build
 from fedpt_secure.crypto import FixedPointEncoding
 from fedpt_secure.data import Cache
 from fedpt_secure.errors import ConfigError, ModelError, PrivacyError, RoundError
-from fedpt_secure.federation import RunDirectory, run_training
+from fedpt_secure.federation import RunDirectory, open_finished, run_training
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.privacy import Ledger
 from fedpt_secure.progress import SILENT
@@ -70,6 +70,9 @@ def test_the_released_adapter_is_the_average_of_the_iterates_and_training_goes_o
     again = RunDirectory.open(runs[0.5].path)
     run_training(again.config(), again, cache=Cache(tmp_path / "cache"), progress=SILENT)
     assert np.array_equal(released(again), expected)
+    # Whoever opens the run again (reports, generate, serve) works with what it released, not with the last iterate.
+    opened = open_finished(again, cache=Cache(tmp_path / "cache"), progress=SILENT)
+    assert np.array_equal(opened.models.small.adapter_vector(), expected)
 
 
 def test_the_adapter_loads_with_plain_peft(tiny_config, tiny_models, tmp_path):
