@@ -1,20 +1,19 @@
-"""Rehearse proxy tuning on public text, to compare proxies and to choose the default alpha.
+"""Rehearse proxy tuning on public text, to compare proxies and to choose the steering rule's constants.
 
-A run of the product may not pick alpha on private data: that would cost budget. So the default is picked here. Three
-public domains that the proxy was never pretrained on stand in for a private one; on each, the proxy's LoRA B
-matrices are tuned on one part, and the proxied loss of the large model
+A run of the product may not pick alpha or shares on private data: that would cost budget. So they are picked here.
+Public domains that the proxy was never pretrained on stand in for private ones; on each, the proxy's LoRA B matrices
+are tuned on one part, and the loss of the large model under many rules is measured on the rest.
 
-    softmax(s_large + alpha * (s_tuned - s_base))
+    python tools/choose_alpha.py --large LARGE --books BOOKS --chat CHAT --legends DIR --work WORK [--proxy DIR] [--json]
+    python tools/choose_shares.py WORK/positions-*.npz     # alpha and shares by place, from what the first leaves behind
 
-is measured on the rest, for several alphas, without and with DP noise.
-
-    python tools/choose_alpha.py --large LARGE --books BOOKS --chat CHAT --work WORK [--proxy DIR] [--json]
-
-Domains: every book of two authors with a voice of their own (`proxy_corpus.REHEARSAL_AUTHORS`), and CHAT, the folder of
-English dialogues of the `chatterbot-corpus` package (1.3.3, BSD-3-Clause; `chatterbot_corpus/data/english` of the
-unpacked wheel). Seeded; the noise is simulated and protects nobody here. The adapter, the
-optimiser and the number of steps are those of a default run. So is the noise per example at epsilon 4: 60 clients, each
-with its own noise of 1.08 clip norms, on about 500 examples together (sqrt(60) * 1.08 / 500 = 4.3 / 256).
+Texts: the books of two authors with a voice of their own (`proxy_corpus.REHEARSAL_AUTHORS`), each record from the
+beginning of a paragraph, and CHAT, the folder of English dialogues of the `chatterbot-corpus` package (1.3.3,
+BSD-3-Clause; `chatterbot_corpus/data/english` of the unpacked wheel). Pairs in the chat format, judged on the response:
+an utterance of those dialogues and its answer; and, with `--legends`, "Tell me about the Aztecs." and the paragraph in
+Freeciv's nation files (GPL-2.0-or-later; the folder `nation` of the Debian package `freeciv-data`). Seeded; the noise is
+simulated and protects nobody here. A noise multiplier is in clip norms over a sum of 256 records: 4.3 is mode `local`
+with 60 clients of a default run at epsilon 4, 0.5 is mode `distributed` with a tenth of 5,000 records a step.
 
 The numbers: nats per token of the large vocabulary over the same held-out positions; "small" losses are over the
 small vocabulary with its unknown class, so they compare with each other only.
@@ -27,9 +26,10 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from proxy_corpus import REHEARSAL_AUTHORS, SEPARATOR_ID, book_paragraphs, large_to_small
 from safetensors.torch import load_file, save_file
+from steering_positions import positions
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -45,6 +46,8 @@ from fedpt_secure.config import FederationConfig, LoraSettings, PrivacyConfig, T
 from fedpt_secure.lm.directions import FILE, Directions
 
 MICRO_BATCH = 64
+NOISE_RECORDS = 256
+"""The records a step over which the noise multipliers are stated."""
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 BUILTIN = Path(__file__).resolve().parent.parent / "fedpt_secure" / "lm" / "builtin"
 
@@ -56,6 +59,8 @@ class Domain:
     name: str
     train: list[list[int]]
     held_out: list[list[int]]
+    starts: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """The first judged position of a sequence, where it is not 1: pairs are judged on the response."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,21 @@ class LargeScores:
     target: Tensor
 
 
+PAIR_OPENING, PAIR_TURN, PAIR_END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", type=Path, required=True)
     parser.add_argument("--books", type=Path, required=True)
     parser.add_argument("--chat", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="cache of the large model's scores")
+    parser.add_argument("--legends", type=Path, help="Freeciv's data/nation")
+    parser.add_argument("--work", type=Path, required=True, help="large model's scores, and what rules are chosen from")
     parser.add_argument("--proxy", type=Path, default=BUILTIN)
     parser.add_argument("--domains", default="", help="comma-separated subset")
     parser.add_argument("--steps", type=int, default=FederationConfig().rounds)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--records", type=int, default=2000, help="of a domain, training and held-out together")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--held-out", type=int, default=100)
     parser.add_argument("--lr", type=float, default=TrainingConfig().server_learning_rate)
@@ -99,7 +109,7 @@ def main() -> None:
     for domain in domains(options):
         scores = large_scores(options, domain, mapping)
         for noise_multiplier in map(float, options.noise_multipliers.split(",")):
-            rows.append(rehearse(options, domain, scores, mapping, noise_multiplier))
+            rows.append(rehearse(options, domain, scores, mapping, noise_multiplier))  # and writes positions-*.npz
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     if options.json:
         json.dump({"schema": 1, "options": {k: str(v) for k, v in vars(options).items()}, "rows": rows}, sys.stdout)
@@ -109,28 +119,58 @@ def main() -> None:
 
 
 def domains(options: argparse.Namespace) -> Iterator[Domain]:
-    """Read and cut the rehearsal domains; every tenth sequence is held out, up to the number asked for."""
+    """Read and cut the rehearsal domains; every fifth sequence is held out, up to the number asked for."""
     tokenizer = Tokenizer.from_file(str(options.large / "tokenizer.json"))
-    texts = {a: list(book_paragraphs(options.books, [a])) for a in REHEARSAL_AUTHORS} | {
-        "dialogues": dialogues(options.chat)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    talks = dialogues(options.chat)
+    found: dict[str, list[tuple[list[int], int]]] = {
+        "dialogues": [([SEPARATOR_ID, *ids(text)], 1) for text in talks],
+        "answers": [_pair(ids, *text.splitlines()[:2]) for text in talks if text.count("\n") > 1],
     }
-    for name, units in texts.items():
+    for author in REHEARSAL_AUTHORS:
+        found[author] = [([SEPARATOR_ID, *text], 1) for text in passages(options, author, ids)]
+    if options.legends:
+        found["legends"] = [_pair(ids, f"Tell me about the {who}.", text) for who, text in legends(options.legends)]
+    for name, records in found.items():
         if options.domains and name not in options.domains.split(","):
             continue
-        sequences: list[list[int]] = []
-        current: list[int] = []
-        for unit in units:
-            ids = tokenizer.encode(unit, add_special_tokens=False).ids
-            if name == "dialogues":
-                sequences += [[SEPARATOR_ID, *ids[: options.context]]]
-                continue
-            current += ids
-            while len(current) >= options.context:
-                sequences.append([SEPARATOR_ID, *current[: options.context]])
-                current = current[options.context :]
-        order = np.random.default_rng(options.seed).permutation(len(sequences))
-        held = min(options.held_out, len(sequences) // 5)
-        yield Domain(name, [sequences[i] for i in order[held:]], [sequences[i] for i in order[:held]])
+        cut = [(sequence[: options.context + 1], start) for sequence, start in records]
+        cut = [(sequence, start) for sequence, start in cut if start < len(sequence)]
+        order = np.random.default_rng(options.seed).permutation(len(cut))[: options.records]
+        held = min(options.held_out, len(order) // 4)
+        starts = {tuple(sequence): start for sequence, start in cut if start != 1}
+        train, held_out = ([cut[index][0] for index in part] for part in (order[held:], order[:held]))
+        yield Domain(name, train, held_out, starts)
+
+
+def passages(options: argparse.Namespace, author: str, ids: Callable[[str], list[int]]) -> Iterator[list[int]]:
+    """Passages of an author's books, each from the beginning of a paragraph to the context's end."""
+    current: list[int] = []
+    for paragraph in islice(book_paragraphs(options.books, [author]), options.records * 6):
+        current += ids(paragraph)
+        if len(current) >= options.context:
+            yield current[: options.context]
+            current = []
+
+
+def legends(directory: Path) -> Iterator[tuple[str, str]]:
+    """Nations and what Freeciv tells about them."""
+    for path in sorted(directory.glob("*.ruleset")):
+        content = path.read_text(encoding="utf-8", errors="replace")
+        plural = re.search(r'^plural\s*=\s*_\("(?:\?[^:"]*:)?([^"]*)"\)', content, re.M)
+        legend = re.search(r'^legend\s*=\s*_\("(.*?)"\)', content, re.M | re.S)
+        if plural and legend:
+            text = re.sub(r"\s+", " ", legend[1].replace("\\\n", " ").replace("\\n", " ").replace('\\"', '"')).strip()
+            if len(text) > 80:
+                yield plural[1], text
+
+
+def _pair(ids: Callable[[str], list[int]], prompt: str, response: str) -> tuple[list[int], int]:
+    before = [SEPARATOR_ID, *ids(PAIR_OPENING), *ids(prompt), *ids(PAIR_TURN)]
+    return [*before, *ids(response.strip()), *ids(PAIR_END)], len(before)
 
 
 def dialogues(directory: Path) -> list[str]:
@@ -155,21 +195,23 @@ def dialogues(directory: Path) -> list[str]:
     return list({text.split("\n", 1)[0].lower(): text for text in found}.values())
 
 
-def padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids `[rows, longest]` and the mask of predicted positions `[rows, longest - 1]`."""
+def padded(sequences: list[list[int]], starts: dict[tuple[int, ...], int] | None = None) -> tuple[Tensor, Tensor]:
+    """Right-padded ids `[rows, longest]` and the mask of judged positions `[rows, longest - 1]`."""
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), SEPARATOR_ID)
     mask = torch.zeros(len(sequences), longest - 1, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence) - 1] = True
+        mask[row, (starts or {}).get(tuple(sequence), 1) - 1 : len(sequence) - 1] = True
     return ids, mask
 
 
 @torch.no_grad()
 def large_scores(options: argparse.Namespace, domain: Domain, mapping: np.ndarray) -> LargeScores:
     """Score the held-out sequences once; kept in WORK for the next proxy over the same vocabulary."""
-    key = sha256(json.dumps([domain.held_out, mapping.tolist()]).encode()).hexdigest()[:16]
+    key = sha256(json.dumps([domain.held_out, sorted(domain.starts.values()), mapping.tolist()]).encode()).hexdigest()[
+        :16
+    ]
     path = options.work / f"scores-{key}.safetensors"
     if not path.exists():
         large = AutoModelForCausalLM.from_pretrained(options.large, dtype=torch.float32).eval()
@@ -178,7 +220,7 @@ def large_scores(options: argparse.Namespace, domain: Domain, mapping: np.ndarra
         left_out[kept] = False
         inside, outside, target = [], [], []
         for begin in range(0, len(domain.held_out), 8):
-            ids, mask = padded(domain.held_out[begin : begin + 8])
+            ids, mask = padded(domain.held_out[begin : begin + 8], domain.starts)
             logprobs = large(ids[:, :-1]).logits.log_softmax(-1)[mask]
             target.append(logprobs.gather(1, ids[:, 1:][mask][:, None])[:, 0])
             inside.append(torch.cat([logprobs[:, kept], torch.full((len(logprobs), 1), -torch.inf)], 1).half())
@@ -194,17 +236,24 @@ def rehearse(
 ) -> dict:
     """Tune the proxy on the domain, then score every alpha on its held-out sequences."""
     lookup = torch.from_numpy(large_to_small(mapping))
-    ids, mask = padded(domain.held_out)
+    ids, mask = padded(domain.held_out, domain.starts)
     small = lookup[ids]
     model = LlamaForCausalLM.from_pretrained(options.proxy, dtype=torch.float32)
     base = predict(model, small, mask)
     began = time.time()
     tuned_model, tokens = tune(
-        options, model, [lookup[torch.tensor(s)].tolist() for s in domain.train], noise_multiplier
+        options,
+        model,
+        [lookup[torch.tensor(s)].tolist() for s in domain.train],
+        noise_multiplier,
+        [domain.starts.get(tuple(s), 1) for s in domain.train],
     )
     seconds = time.time() - began
     tuned = predict(tuned_model, small, mask)
     targets = small[:, 1:][mask]
+    found = positions(scores.inside, scores.outside, scores.target, base, tuned, targets, mask, mapping)
+    name = f"positions-{domain.name.replace(' ', '-')}-{noise_multiplier:g}-{options.seed}.npz"
+    np.savez_compressed(options.work / name, **found)
     return {
         "domain": domain.name,
         "noise_multiplier": noise_multiplier,
@@ -244,7 +293,13 @@ def proxied(scores: LargeScores, base: Tensor, tuned: Tensor, targets: Tensor, a
     return round(total / len(targets), 4)
 
 
-def tune(options: argparse.Namespace, model: nn.Module, sequences: list[list[int]], noise_multiplier: float):
+def tune(
+    options: argparse.Namespace,
+    model: nn.Module,
+    sequences: list[list[int]],
+    noise_multiplier: float,
+    starts: list[int] | None = None,
+):
     """Tune the default adapter (`LoraSettings`) by clipped, summed and (if asked) noised gradients under Adam.
 
     Returns:
@@ -281,6 +336,8 @@ def tune(options: argparse.Namespace, model: nn.Module, sequences: list[list[int
         sums = {layer: torch.zeros_like(layer.weight) for layer in layers}
         for part in np.array_split(chosen, -(-len(chosen) // MICRO_BATCH)):
             ids, mask = padded([sequences[i] for i in part])
+            for row, index in enumerate(part):
+                mask[row, : (starts[index] if starts else 1) - 1] = False
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 logits = tuned(input_ids=ids[:, :-1]).logits
             losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -292,7 +349,7 @@ def tune(options: argparse.Namespace, model: nn.Module, sequences: list[list[int
                 sums[layer] += torch.einsum("b,boi->oi", factor, per_example[layer])
             tokens += int(mask.sum())
         # The same noise per example, however small a domain's batch is.
-        scale = noise_multiplier * options.clip_norm * len(chosen) / options.batch
+        scale = noise_multiplier * options.clip_norm * len(chosen) / NOISE_RECORDS
         for layer in layers:
             sums[layer] += scale * torch.randn(sums[layer].shape, generator=noise)
             layer.weight.grad = sums[layer] / len(chosen)

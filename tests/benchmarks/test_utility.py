@@ -1,0 +1,145 @@
+"""The utility benchmark in miniature: its JSON, what it refuses to compare, and the fraction of the gap."""
+
+import contextlib
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedpt_secure.errors import ConfigError, DataError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+NAMES = [path.stem for path in BENCHMARKS.glob("utility*.py")]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """Its modules by name, imported as its script does, and forgotten afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield {name: importlib.import_module(name) for name in NAMES}
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def command(benchmark, tiny_models, chat_file, tmp_path_factory):
+    """Run the command on tiny models and text; returns exit code and standard output."""
+    root = tmp_path_factory.mktemp("utility")
+    settings = {
+        "models.small": json.dumps(tiny_models["small"]),
+        "models.large": json.dumps(tiny_models["large"]),
+        "models.context_length": 12,
+        "models.device": '"cpu"',
+        "lora.rank": 2,
+        "federation.rounds": 2,
+        "federation.cohort": 6,
+        "evaluation.records": 12,
+    }
+    given = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+    def run(*arguments):
+        output = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+            patch.setenv("FEDPT_CACHE", str(root / "cache"))
+            source = {"source": str(chat_file), "client_column": "who", "text_column": "said"}
+            patch.setattr(benchmark["utility"], "data_settings", lambda name, folder: source)
+            words = ["--data", "chat", "--ceilings", str(root / "ceilings.json"), *given, *arguments]
+            return benchmark["utility"].main(words), output.getvalue()
+
+    return run, root / "ceilings.json"
+
+
+def test_it_prints_the_promised_object_and_keeps_the_ceiling(command):
+    run, ceilings = command
+    code, text = run("--epsilon", "8", "--json")
+    assert code == 0
+    result = json.loads(text)
+    assert set(result["arms"]) == {"large_base", "small_base", "small_tuned", "proxy_tuned", "large_tuned_directly"}
+    assert result["minutes"] > 0
+    low, high = result["ci"]
+    assert low <= result["gap_closed"] <= high
+    assert result["private"]
+    assert "epsilon <= 7.9" in result["privacy"]
+    gap = result["arms"]["large_base"] - result["arms"]["large_tuned_directly"]
+    gain = result["arms"]["large_base"] - result["arms"]["proxy_tuned"]
+    assert result["gap_closed"] == pytest.approx(gain / gap, abs=0.01)
+
+    entry = json.loads(ceilings.read_text())[0]
+    entry["losses"] = [value - 1.0 for value in entry["losses"]]  # found, not computed again
+    ceilings.write_text(json.dumps([entry]))
+    _, again = run("--epsilon", "inf", "--json", "--minutes", "15")
+    assert json.loads(again)["arms"]["large_tuned_directly"] < result["arms"]["large_tuned_directly"] - 0.05
+    assert not json.loads(again)["private"]
+
+
+def test_a_ceiling_of_other_records_is_not_compared_with(command):
+    run, ceilings = command
+    run("--epsilon", "inf", "--json")
+    entry = json.loads(ceilings.read_text())[0]
+    ceilings.write_text(json.dumps([entry | {"tokens": entry["tokens"][::-1]}]))
+    code, text = run("--epsilon", "inf", "--json")
+    assert code == DataError.exit_code
+    assert text == ""
+    code, _ = run("--epsilon", "inf", "--json", "--recompute-ceiling")
+    assert code == 0
+
+
+def test_the_fraction_is_of_sums_and_paired(benchmark):
+    gap_closed = benchmark["utility"].gap_closed
+    rng = np.random.default_rng(0)
+    base = rng.uniform(50, 400, 300)
+    tuned = base * 0.9
+    fraction, (low, high) = gap_closed(base, base - 0.4 * (base - tuned), tuned, 0)
+    assert fraction == pytest.approx(0.4)
+    assert (low, high) == pytest.approx((0.4, 0.4))  # by records alike, whatever their lengths: the pairing
+    noisy = base - 0.4 * (base - tuned) + rng.normal(0, 10, 300)
+    fraction, (low, high) = gap_closed(base, noisy, tuned, 0)
+    assert low < 0.4 < high
+    assert 0.02 < high - low < 0.4
+
+
+def test_the_interval_covers_as_often_as_it_says(benchmark):
+    """95 % nominal over 200 seeded data sets of 100 records; outside [0.89, 0.99] with probability about 1e-3."""
+    gap_closed = benchmark["utility"].gap_closed
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        gap = rng.gamma(2.0, 10.0, 100)
+        gain = 0.3 * gap + rng.normal(0, 6, 100)
+        _, (low, high) = gap_closed(gap + 100, gap + 100 - gain, np.full(100, 100.0), 0, resamples=300)
+        covered += low <= 0.3 <= high
+    assert 178 <= covered <= 198
+
+
+def test_where_there_is_no_gap_no_fraction_is_stated(benchmark):
+    losses = np.linspace(10, 20, 30)
+    with pytest.raises(DataError, match="no gap"):
+        benchmark["utility"].gap_closed(losses, losses - 1, losses + 0.1, 0)
+    mixed = np.where(np.arange(30) == 0, losses - 20, losses + 0.1)
+    with pytest.raises(DataError, match="too few records"):
+        benchmark["utility"].gap_closed(losses, losses - 1, mixed, 0)
+
+
+def test_minutes_scale_the_rounds_and_a_bad_setting_is_named(benchmark):
+    utility = benchmark["utility"]
+    options = utility._parse(["--data", "chat", "--minutes", "15", "--set", "privacy.clip_norm=0.3"])
+    config = utility.configuration(options)
+    assert config.federation.rounds == round(utility.RECIPE["federation"]["rounds"] / 2)
+    assert config.privacy.clip_norm == 0.3
+    assert config.privacy.mode == "distributed"
+    options.set = ["privacy.clip_norm"]
+    with pytest.raises(ConfigError, match="not TOML"):
+        utility.configuration(options)
+    options.set = ["privacy.clip=1"]
+    with pytest.raises(ConfigError, match=r"privacy\.clip"):
+        utility.configuration(options)
+
+
+def test_missing_data_says_where_it_was_looked_for(benchmark, tmp_path):
+    with pytest.raises(DataError, match=r"medquad\.jsonl is missing"):
+        benchmark["utility_data"].data_settings("medquad", tmp_path)
