@@ -1,7 +1,8 @@
 """How much of the gap to a directly tuned large model proxy tuning closes, at an epsilon, by the product's own path.
 
     python benchmarks/utility.py --data chat --epsilon 4 --json
-    python benchmarks/utility.py --data medquad --epsilon inf --data-folder FOLDER --rouge 20
+    python benchmarks/utility.py --data medquad --epsilon inf --data-folder FOLDER --run runs/medquad
+    fedpt-secure evaluate --run runs/medquad --responses 20      # ROUGE-L
     python benchmarks/utility.py --data chat --epsilon 4 --recompute-ceiling
 
 One run of `run_training`: mode `distributed` under real secure aggregation, nothing simulated but that all clients are
@@ -55,8 +56,12 @@ RESAMPLES = 5000
 RECIPE: dict[str, Any] = {
     "privacy": {"mode": "distributed", "sampling_rate": 0.1},
     "federation": {"rounds": 30},
-    "training": {"server_learning_rate": 0.03},
+    "training": {"server_learning_rate": 0.03, "sampled_positions": 32},
+    "models": {"activation_cache_mb": 1024},
 }
+SURVIVING = 0.9
+"""Every round asks all clients, and is aborted where fewer than this share answer: their noise suffices (nobody drops
+here)."""
 Losses = npt.NDArray[np.float64]
 
 
@@ -95,6 +100,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         evaluation_records=config.evaluation.records,
         context_length=config.models.context_length,
     )
+    config = with_everybody(config, records.clients)
     with tempfile.TemporaryDirectory() as temporary:
         path = options.run or Path(temporary) / "run"
         resumed = path.exists()
@@ -104,7 +110,6 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         result = run_training(config, directory, cache=Cache(), progress=progress)
         summary = summarise(result)
         minutes = (time.process_time() - began) / 60
-        rouge = _rouge(options, records.texts, directory, progress) if options.rouge else None
     ceiling = None if options.recompute_ceiling else find(options.ceilings, records, weights)
     if ceiling is None:
         ceiling = compute(
@@ -117,7 +122,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
             progress=progress,
         )
     report = _report(options, result, summary, ceiling)
-    return report | {"minutes": round(minutes, 2), "resumed": resumed} | ({"rouge_l": rouge} if rouge else {})
+    return report | {"minutes": round(minutes, 2), "resumed": resumed}
 
 
 def configuration(options: argparse.Namespace) -> RunConfig:
@@ -143,6 +148,15 @@ def configuration(options: argparse.Namespace) -> RunConfig:
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"--set {line!r} is not TOML: {error}", hint="--set privacy.clip_norm=0.2") from None
     return build(RunConfig, settings)
+
+
+def with_everybody(config: RunConfig, clients: int) -> RunConfig:
+    """The configuration with cohorts of all clients, where it does not say otherwise."""
+    federation = config.federation
+    cohort = federation.cohort or clients
+    least = federation.minimum_survivors or math.ceil(SURVIVING * cohort)
+    changed = federation.model_copy(update={"cohort": cohort, "minimum_survivors": least})
+    return config.model_copy(update={"federation": changed})
 
 
 def gap_closed(
@@ -201,31 +215,6 @@ def _report(
     }
 
 
-def _rouge(
-    options: argparse.Namespace, texts: Sequence[tuple[str, str]], directory: RunDirectory, progress: Progress
-) -> dict[str, Any]:
-    """Mean ROUGE-L F of greedy answers, for the first records with a prompt: the large model alone and proxy-tuned."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    from fedpt_secure.federation import continuations
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = [(prompt, text) for prompt, text in texts if prompt][: options.rouge]
-    if not pairs:
-        raise ConfigError("--rouge needs data of prompts and responses", hint="--data medquad")
-    scores: dict[str, list[float]] = {"base": [], "proxy_tuned": []}
-    for prompt, text in pairs:
-        answers = continuations(
-            directory, prompt, chat=True, alpha=None, shares=None, max_new_tokens=options.rouge_tokens,
-            temperature=0.0, top_p=1.0, seed=options.seed, cache=Cache(), progress=progress,
-        )  # fmt: skip
-        for name, values in scores.items():
-            values.append(scorer.score(text, answers[name])["rougeL"].fmeasure)
-    return {"records": len(pairs), "new_tokens": options.rouge_tokens} | {
-        name: round(float(np.mean(values)), 4) for name, values in scores.items()
-    }
-
-
 def _table(result: Mapping[str, Any]) -> Table:
     low, high = result["ci"]
     table = Table(title=f"{result['data']}, epsilon {result['epsilon']}, {result['minutes']} CPU minutes")
@@ -250,8 +239,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ceilings", type=Path, default=CEILINGS)
     parser.add_argument("--recompute-ceiling", action="store_true")
     parser.add_argument("--ceiling-records", type=int, help="train the ceiling on a sample of so many; default: all")
-    parser.add_argument("--rouge", type=int, default=0, metavar="N", help="ROUGE-L of N greedy answers (pairs only)")
-    parser.add_argument("--rouge-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)

@@ -38,13 +38,13 @@ class Records:
     Attributes:
         train: all clients' training records, client by client; ids of the large model.
         evaluation: the held-out records that are judged.
-        texts: prompt and text of each of them.
+        clients: how many there are.
         digest: SHA-256 over the ids of both.
     """
 
     train: tuple[Example, ...]
     evaluation: tuple[Example, ...]
-    texts: tuple[tuple[str, str], ...]
+    clients: int
     digest: str
 
 
@@ -79,8 +79,7 @@ def load_records(
     held_out = [record for client in text.clients for record in client.held_out]
     chosen = sorted(simulation_rng("evaluation sample", seed).permutation(len(held_out))[:evaluation_records])
     evaluation = [encode(held_out[index], tokenizer, **length) for index in chosen]
-    texts = tuple((held_out[index].prompt, held_out[index].text) for index in chosen)
-    return Records(tuple(train), tuple(evaluation), texts, _digest(train, evaluation))
+    return Records(tuple(train), tuple(evaluation), len(text.clients), _digest(train, evaluation))
 
 
 def _digest(*parts: Sequence[Example]) -> str:
