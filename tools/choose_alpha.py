@@ -4,16 +4,16 @@ A run of the product may not pick alpha or shares on private data: that would co
 Public domains that the proxy was never pretrained on stand in for private ones; on each, the proxy's LoRA B matrices
 are tuned on one part, and the loss of the large model under many rules is measured on the rest.
 
-    python tools/choose_alpha.py --large LARGE --books BOOKS --chat CHAT --legends DIR --work WORK [--proxy DIR] [--json]
-    python tools/choose_shares.py WORK/positions-*.npz     # alpha and shares by place, from what the first leaves behind
+    python tools/choose_alpha.py --large LARGE --books BOOKS --chat CHAT --legends DIR --work WORK [--proxy DIR]
+    python tools/choose_shares.py WORK/positions-*.npz     # alpha and shares by place, from what that leaves behind
 
 Texts: the books of two authors with a voice of their own (`proxy_corpus.REHEARSAL_AUTHORS`), each record from the
 beginning of a paragraph, and CHAT, the folder of English dialogues of the `chatterbot-corpus` package (1.3.3,
 BSD-3-Clause; `chatterbot_corpus/data/english` of the unpacked wheel). Pairs in the chat format, judged on the response:
 an utterance of those dialogues and its answer; and, with `--legends`, "Tell me about the Aztecs." and the paragraph in
-Freeciv's nation files (GPL-2.0-or-later; the folder `nation` of the Debian package `freeciv-data`). Seeded; the noise is
-simulated and protects nobody here. A noise multiplier is in clip norms over a sum of 256 records: 4.3 is mode `local`
-with 60 clients of a default run at epsilon 4, 0.5 is mode `distributed` with a tenth of 5,000 records a step.
+Freeciv's nation files (GPL-2.0-or-later; the folder `nation` of the Debian package `freeciv-data`). Seeded; the noise
+is simulated and protects nobody here. A noise multiplier is in clip norms over a sum of 256 records: 4.3 is mode
+`local` with 60 clients of a default run at epsilon 4, 0.5 is mode `distributed` with a tenth of 5,000 records a step.
 
 The numbers: nats per token of the large vocabulary over the same held-out positions; "small" losses are over the
 small vocabulary with its unknown class, so they compare with each other only.
