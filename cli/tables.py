@@ -38,6 +38,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         highlight=False,
     )
     _print_cost(console, summary)
+    _print_black_box(console, summary)
     aggregation = summary["privacy"]["aggregation"]
     console.print(f"Aggregation: {aggregation['aggregator']}; {aggregation['trust']}.", highlight=False)
     _print_privacy(console, summary)
@@ -49,6 +50,21 @@ def _shares(shares: list[list[float]]) -> str:
         return ""
     return ", and the tuned small LM's own share " + ", ".join(
         f"{share:g} from token {place}" for place, share in shares
+    )
+
+
+def _print_black_box(console: Console, summary: dict[str, Any]) -> None:
+    """What an API was sent, and how much of what it said is its own."""
+    box = summary.get("black_box", {})
+    if "address" not in box:
+        return
+    left = ", which left this machine" if box["leaves_this_machine"] else ""
+    exact = f"; {box['exact_tokens']} tokens a position exact, tail: {box['tail']}" if box["exact_tokens"] else ""
+    console.print(
+        f"Sent to {box['address']}{left}: {box['requests']:,} requests, {box['prompt_tokens']:,} prompt tokens, "
+        f"{box['bytes_sent'] / 1e6:.1f} MB out, {box['bytes_received'] / 1e6:.1f} MB back{exact}.",
+        highlight=False,
+        markup=False,
     )
 
 

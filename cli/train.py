@@ -85,7 +85,16 @@ def train(
     ),
     large: str | None = typer.Option(
         None,
-        help="The black box: a Transformers directory or Hugging Face id. [default: SmolLM2-135M-Instruct]",
+        help="The black box: a Transformers directory or Hugging Face id, or an API: llama.cpp:http://127.0.0.1:8080, "
+        "openai:https://host/v1#model. [default: SmolLM2-135M-Instruct]",
+        rich_help_panel=MODELS,
+    ),
+    large_tokenizer: str | None = typer.Option(
+        None, help="Folder of the tokenizer of an API's model. [default: SmolLM2's]", rich_help_panel=MODELS
+    ),
+    large_top_k: int | None = typer.Option(
+        None,
+        help="Log-probabilities a position that an API is asked for; the small LM's shape fills in the rest.",
         rich_help_panel=MODELS,
     ),
     small: str | None = typer.Option(
@@ -187,6 +196,7 @@ def train(
                 "maximum_records": maximum_records,
             },
             "models": {"small": small, "large": large, "device": device, "context_length": context_length},
+            "api": {"tokenizer": large_tokenizer, "top_k": large_top_k},
             "lora": {"rank": lora_rank, "layers": lora_layers},
             "privacy": {
                 "mode": privacy,

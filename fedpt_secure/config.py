@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fedpt_secure import files
 from fedpt_secure.crypto import default_threshold
+from fedpt_secure.endpoint import Endpoint
 from fedpt_secure.errors import ConfigError, PrivacyError, RunDirectoryError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -119,7 +120,8 @@ class ModelConfig(Settings):
     small: str = "builtin"
     """The proxy that clients tune: `builtin`, or a Transformers causal LM (directory or Hugging Face id)."""
     large: str | None = None
-    """The black box: nothing for SmolLM2-135M-Instruct, or a Transformers directory or Hugging Face id."""
+    """The black box: nothing for SmolLM2-135M-Instruct, a Transformers directory or Hugging Face id, or an API:
+    `llama.cpp:http://127.0.0.1:8080`, `openai:https://host/v1#model-name` (`[api]` has its settings)."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:N` or `mps`."""
     context_length: Annotated[int, Field(ge=8, le=8192)] = 128
@@ -129,6 +131,50 @@ class ModelConfig(Settings):
     float64 either way, one example a pass (docs/dp_training.md)."""
     activation_cache_mb: Annotated[int, Field(ge=0, le=1_000_000)] = 512
     """Most memory for activations below the first trained module, which no step changes; 0 computes them anew."""
+
+    @field_validator("large")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        try:
+            Endpoint.parse(value or "")
+        except ConfigError as error:
+            raise ValueError(f"{error.message}; {error.hint}") from None
+        return value
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """The API that the black box is behind, if it is."""
+        return Endpoint.parse(self.large or "")
+
+
+class ApiConfig(Settings):
+    """How a black box behind an API is asked, where `models.large` names one. Keys are read from the environment."""
+
+    tokenizer: Annotated[str, Field(min_length=1)] | None = None
+    """Folder with the `tokenizer.json` (and chat template) of the API's model; nothing for the built-in proxy's."""
+    key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "FEDPT_API_KEY"
+    """Environment variable that holds the key. Another vendor's variable is sent nowhere unless it is named here."""
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    """Log-probabilities asked for a position; the rest is filled in by the small LM's shape. Nothing for what such an
+    API usually grants, 0 for one that has none and is steered by its logit bias (`generate` only)."""
+    candidates: Annotated[int, Field(ge=0, le=64)] | None = None
+    """While decoding, so many favourites of the small LM are scored one by one where the API left them out; nothing for
+    4 where the API can, else 0."""
+    context_length: Annotated[int, Field(ge=8)] | None = None
+    """Of the API's model, where the API does not tell."""
+    plain_http: bool = False
+    """Allow plain http to another machine, where everybody on the way reads prompts and key."""
+    connect_timeout_s: Positive = 5.0
+    read_timeout_s: Positive = 60.0
+    """Longest silence within an answer."""
+    total_timeout_s: Positive = 300.0
+    """Of one attempt, however it drips."""
+    attempts: Annotated[int, Field(ge=1, le=100)] = 4
+    longest_wait_s: Positive = 60.0
+    """Of a back-off, or of what a server asks for by Retry-After; a longer wish is an error."""
+    requests_per_second: Positive | None = None
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 4
+    """Requests under way at once."""
 
 
 class LoraSettings(Settings):
@@ -337,6 +383,7 @@ class RunConfig(Settings):
     """Noise, sampling and rounding from the seed too, for debugging. Marks every artefact as not private."""
     data: DataConfig = DataConfig()
     models: ModelConfig = ModelConfig()
+    api: ApiConfig = ApiConfig()
     lora: LoraSettings = LoraSettings()
     privacy: PrivacyConfig = PrivacyConfig()
     federation: FederationConfig = FederationConfig()
@@ -357,6 +404,16 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _proof_holds(self) -> RunConfig:
         require_compatible(self.federation.aggregator, self.privacy.mode)
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_travel_safely(self) -> RunConfig:
+        endpoint = self.models.endpoint
+        if endpoint is not None:
+            try:
+                endpoint.require_safe(plain_http=self.api.plain_http)
+            except ConfigError as error:
+                raise ValueError(f"models.large: {error.message}; {error.hint}") from None
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,8 @@ from functools import cached_property
 
 from tokenizers import Tokenizer
 
+from fedpt_secure.errors import ModelError
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -21,7 +23,7 @@ class TokenBytes:
     def __init__(self, tokenizer: Tokenizer) -> None:
         settings = json.loads(tokenizer.to_str())
         byte_level = "ByteLevel" in json.dumps([settings.get("decoder"), settings.get("pre_tokenizer")])
-        added = {token["id"] for token in settings.get("added_tokens", [])}
+        self._added = added = {token["id"] for token in settings.get("added_tokens", [])}
         alphabet = _byte_alphabet()
         by_string = tokenizer.get_vocab(with_added_tokens=True)
         self._bytes: list[bytes] = [b""] * (max(by_string.values()) + 1)
@@ -45,6 +47,21 @@ class TokenBytes:
     def ids_of(self, content: bytes) -> tuple[int, ...]:
         """The ids of the tokens that stand for exactly these bytes; several tokens may."""
         return self._ids.get(content, ())
+
+    @cached_property
+    def plain(self) -> int:
+        """A token that stands for one printable ASCII character or more, and nothing else: text wherever it is put.
+
+        Raises:
+            ModelError: there is none.
+        """
+        for content in (b"a", b" a", b"e", b"."):
+            if ids := self.ids_of(content):
+                return ids[0]
+        for token_id, content in enumerate(self._bytes):
+            if content.isalnum() and content.isascii() and token_id not in self._added:
+                return token_id
+        raise ModelError("the tokenizer has no token of plain text", hint="use the model's own tokenizer.json")
 
     @cached_property
     def _ids(self) -> dict[bytes, tuple[int, ...]]:

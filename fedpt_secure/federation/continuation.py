@@ -12,7 +12,7 @@ from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.setup import load_models
 from fedpt_secure.federation.state import released_adapter
 from fedpt_secure.progress import Progress
-from fedpt_secure.proxy import DecodingSettings, SteeringRule
+from fedpt_secure.proxy import DecodingSettings, SteeringRule, generate_biased
 from fedpt_secure.proxy import generate as decode
 
 
@@ -61,14 +61,27 @@ def continuations(
         alpha=config.proxy.alpha if alpha is None else alpha,
         shares=config.proxy.shares if shares is None else shares,
     )
+    if rule.blends and not models.shows_logprobs:
+        progress.note("the API shows no log-probabilities: steering by alpha alone, without the small LM's own share")
+        rule = SteeringRule(alpha=rule.alpha)
     texts = {}
     for name, steering in (("base", SteeringRule(alpha=0.0)), ("proxy_tuned", rule)):
         settings = DecodingSettings(rule=steering, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         tokens = []
         with progress.task(f"decoding ({name})", max_new_tokens, unit="tokens") as task:
-            rng = np.random.default_rng(seed)
-            for token in decode(models.black_box(progress), models.pair, ids, settings, rng, first_place=first_place):
+            if models.source is not None and not models.shows_logprobs:
+                stream = generate_biased(models.source, models.pair, ids, settings)
+            else:
+                rng = np.random.default_rng(seed)
+                stream = decode(models.black_box(progress), models.pair, ids, settings, rng, first_place=first_place)
+            for token in stream:
                 tokens.append(token)
                 task.advance()
         texts[name] = tokenizer.text(tokens)
+    if models.source is not None:
+        usage = models.source.usage
+        progress.note(
+            f"sent to {models.weights.source}: {usage.requests:,} requests, {usage.prompt_tokens:,} prompt tokens,"
+            f" {usage.bytes_sent:,} bytes"
+        )
     return texts

@@ -51,6 +51,7 @@ class RunResult:
         clients: number of clients; `dimension`: number of trained parameters.
         directions: where LoRA's A came from, `public` or `random`.
         large_source: where the large model's weights came from.
+        black_box: where it is, and what this process sent to it (`RunModels.black_box_document`).
     """
 
     config: RunConfig
@@ -63,6 +64,7 @@ class RunResult:
     dimension: int
     directions: str
     large_source: str
+    black_box: Mapping[str, Any]
 
 
 def run_training(config: RunConfig, directory: RunDirectory, *, cache: Cache, progress: Progress) -> RunResult:
@@ -93,6 +95,8 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
     )
     models = load_models(config, cache=cache, progress=progress)
     small = models.small
+    if models.source is not None:
+        models.black_box(progress)  # an API that cannot be evaluated is missed now, not after the last round
     train = training_examples(text, models, config)
     mechanism = build_mechanism(config, noise_multiplier=noise_multiplier, dimension=small.dimension)
     state = restore(directory, config, text, small)
@@ -178,6 +182,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
         dimension=small.dimension,
         directions=small.directions,
         large_source=models.weights.source,
+        black_box=models.black_box_document(),
     )
 
 

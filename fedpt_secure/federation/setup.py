@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from fedpt_secure.config import RunConfig
+from fedpt_secure.config import ApiConfig, RunConfig
 from fedpt_secure.data import Cache
 from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.lm.devices import resolve_device
-from fedpt_secure.lm.large_weights import LargeWeights, resolve_large
+from fedpt_secure.lm.large_weights import LargeWeights, resolve_endpoint, resolve_large
 from fedpt_secure.lm.small import BaseLM, SmallLM, builtin_directory, load_base
 from fedpt_secure.lm.split import TrainingCompute, training_dtype
 from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
@@ -26,9 +27,13 @@ from fedpt_secure.proxy import (
     PublicAnswers,
     PublicText,
     SteeringRule,
+    TopSource,
     ask_black_box,
+    black_box_of,
+    connect,
     distil,
     guard,
+    usage_document,
 )
 
 PASSAGE_SEPARATOR = "\n%%\n"
@@ -44,6 +49,7 @@ class RunModels:
         tokenizer: the large model's; it cuts all text.
         pair: the small LM with its adapter off and on.
         weights: where the large model's files are and where they came from.
+        source: the API that the large model is behind, connected and checked; None where it runs here.
     """
 
     tokenizer: TextTokenizer
@@ -53,15 +59,33 @@ class RunModels:
     weights: LargeWeights
     device: torch.device
     cache: Cache
+    source: TopSource | None = None
+    api: ApiConfig = field(default_factory=ApiConfig)
     _black_box: BlackBoxLM | None = None
     _answers: PublicAnswers | None = None
 
     def black_box(self, progress: Progress) -> BlackBoxLM:
-        """The large model behind its checks; loaded on the first call."""
+        """The large model behind its checks; loaded on the first call.
+
+        Raises:
+            ModelError: its weights cannot be used.
+            BlackBoxError: it is behind an API without log-probabilities.
+        """
+        if self._black_box is None and self.source is not None:
+            self._black_box = guard(black_box_of(self.source, self.api, self.pair, progress=progress))
         if self._black_box is None:
             with progress.task("loading the large LM", None):
                 self._black_box = guard(LocalTransformersLM(self.weights.path, device=self.device))
         return self._black_box
+
+    @property
+    def shows_logprobs(self) -> bool:
+        """Whether the large model shows any log-probabilities; else it can only be steered by its logit bias."""
+        return self.source is None or (self.source.capabilities.largest_top_k > 0 and self.api.top_k != 0)
+
+    def black_box_document(self) -> dict[str, Any]:
+        """Where the large model is and what was sent to it so far, for reports."""
+        return usage_document(self.weights.endpoint, self._black_box, self.source)
 
     def distil(self, config: RunConfig, round_index: int, progress: Progress) -> DistillationReport:
         """FedPT's last step after a round: teach the tuned small LM what its proxied large LM says on public text."""
@@ -111,18 +135,26 @@ def load_public_text(tokenizer: TextTokenizer, *, context_length: int) -> Public
 
 
 def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunModels:
-    """Load the small LM and attach a fresh adapter; find (or fetch) the large LM's files.
+    """Load the small LM and attach a fresh adapter; find (or fetch) the large LM's files, or connect to its API.
 
     Raises:
-        ModelError: weights missing, corrupt, or of different tokenizers.
+        ModelError: weights missing, corrupt, or of different tokenizers; or an API's tokens are not the tokenizer's.
+        BlackBoxError: the API does not answer, or cannot do what is asked.
     """
-    weights = resolve_large(config.models.large, cache=cache, progress=progress)
+    endpoint = config.models.endpoint
+    if endpoint is not None:
+        weights = resolve_endpoint(endpoint, config.api.tokenizer)
+    else:
+        weights = resolve_large(config.models.large, cache=cache, progress=progress)
     backend = load_tokenizer(weights.path / "tokenizer.json")
     vocabulary = Vocabulary.from_tokenizer(backend)
     tokenizer = TextTokenizer(backend, separator_id=vocabulary.separator_id)
     device = resolve_device(config.models.device)
     base = load_base(config.models.small, vocabulary)
-    _check_contexts(config.models.context_length, base, weights)
+    source = None
+    if endpoint is not None:
+        source = connect(endpoint, config.api, vocabulary, tokenizer, tokenizer_folder=weights.path, progress=progress)
+    _check_contexts(config.models.context_length, base, weights, source)
     compute = TrainingCompute(
         training_dtype(config.models.training_dtype, device), config.models.activation_cache_mb * 1_000_000
     )
@@ -135,14 +167,19 @@ def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunMo
         weights=weights,
         device=device,
         cache=cache,
+        source=source,
+        api=config.api,
     )
 
 
-def _check_contexts(context_length: int, base: BaseLM, weights: LargeWeights) -> None:
+def _check_contexts(context_length: int, base: BaseLM, weights: LargeWeights, source: TopSource | None) -> None:
     """Both models must hold a whole record, and the small one must treat it alike in every batch."""
-    large = AutoConfig.from_pretrained(weights.path)
-    for name, config in (("small", base.model.config), ("large", large)):
-        most = getattr(config, "max_position_embeddings", None)
+    small_positions = getattr(base.model.config, "max_position_embeddings", None)
+    if source is not None:
+        large_positions: int | None = source.capabilities.context_length
+    else:
+        large_positions = getattr(AutoConfig.from_pretrained(weights.path), "max_position_embeddings", None)
+    for name, most in (("small", small_positions), ("large", large_positions)):
         if most is not None and context_length > most:
             raise ConfigError(
                 f"context_length is {context_length}, but the {name} LM has {most} positions",

@@ -22,8 +22,10 @@ from safetensors import SafetensorError, safe_open
 from fedpt_secure import files
 from fedpt_secure.data.fetch import Cache
 from fedpt_secure.data.hub import RepositoryMissing, contained, hub_commit
+from fedpt_secure.endpoint import Endpoint
 from fedpt_secure.errors import ModelError
 from fedpt_secure.lm.gguf_conversion import convert_gguf
+from fedpt_secure.lm.small import builtin_directory
 from fedpt_secure.progress import SILENT, Progress, Task
 
 SMOLLM2 = "smollm2"
@@ -44,17 +46,41 @@ _OFFLINE_HINT = "use --large PATH with a folder in Transformers format (config.j
 
 @dataclass(frozen=True, slots=True)
 class LargeWeights:
-    """Weights on this machine, checked.
+    """Weights on this machine, checked; or the tokenizer of a model behind an API.
 
     Attributes:
-        path: a folder in Transformers format.
+        path: a folder in Transformers format; behind an API, the folder of its tokenizer only.
         source: one clause for people and `summary.json`: where they came from, version included.
-        digest: SHA-256 over the architecture and all weights (`weights_digest`): equal digests, equal models.
+        digest: SHA-256 over the architecture and all weights (`weights_digest`): equal digests, equal models. Behind an
+            API, over its address, the model's name and the tokenizer: what answers there may change unseen.
+        endpoint: the API; None for weights.
     """
 
     path: Path
     source: str
     digest: str
+    endpoint: Endpoint | None = None
+
+
+def resolve_endpoint(endpoint: Endpoint, tokenizer: str | None) -> LargeWeights:
+    """A model behind an API: what is needed of it here is its tokenizer.
+
+    Args:
+        tokenizer: folder with the `tokenizer.json` the model was published with, or that file; None for SmolLM2's.
+
+    Raises:
+        ModelError: there is no tokenizer.
+    """
+    path = Path(tokenizer).expanduser() if tokenizer is not None else builtin_directory()
+    folder = path.parent if path.name == "tokenizer.json" else path
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{folder} has no tokenizer.json",
+            hint="--large-tokenizer names the folder of the tokenizer that the API's model was published with",
+        )
+    content = json.dumps([str(endpoint), _file_digest(folder / "tokenizer.json")])
+    digest = hashlib.sha256(b"fedpt-secure/large-endpoint/v1\n" + content.encode()).hexdigest()
+    return LargeWeights(folder.absolute(), str(endpoint), digest, endpoint)
 
 
 def resolve_large(spec: str | None, *, cache: Cache, progress: Progress = SILENT) -> LargeWeights:

@@ -9,7 +9,10 @@ from fedpt_secure.proxy.arithmetic import (
     spread_token_logprobs,
     tuning_shift,
 )
+from fedpt_secure.proxy.biased import generate_biased, shift_bias
 from fedpt_secure.proxy.black_box import BlackBoxLM, Capabilities, GuardedBlackBox, Session, guard
+from fedpt_secure.proxy.completed import CompletedLM
+from fedpt_secure.proxy.connection import black_box_of, connect, usage_document
 from fedpt_secure.proxy.decoding import DecodingSettings, choose_token, generate
 from fedpt_secure.proxy.distillation import DistillationReport, distil
 from fedpt_secure.proxy.http_transport import ApiRefusal, ApiUsage, HttpTransport, TransportSettings
@@ -37,6 +40,7 @@ __all__ = [
     "AskingCost",
     "BlackBoxLM",
     "Capabilities",
+    "CompletedLM",
     "DecodingSettings",
     "DistillationReport",
     "GuardedBlackBox",
@@ -56,12 +60,16 @@ __all__ = [
     "TopSource",
     "TransportSettings",
     "ask_black_box",
+    "black_box_of",
     "choose_token",
+    "connect",
     "distil",
     "generate",
+    "generate_biased",
     "guard",
     "load_causal_lm",
     "restricted_logprobs",
+    "shift_bias",
     "shifted_logprobs",
     "shifted_token_logprobs",
     "spread_logprobs",
@@ -71,4 +79,5 @@ __all__ = [
     "steered_logprobs",
     "steered_token_logprobs",
     "tuning_shift",
+    "usage_document",
 ]

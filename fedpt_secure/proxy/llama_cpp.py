@@ -1,6 +1,9 @@
 """llama.cpp's own server as a black box: `/completion` with token ids in, `n_probs` token ids out.
 
 `n_probs` may be as large as the vocabulary, so answers can be full; each costs the server's JSON (96 bytes a token).
+The token that is sampled on the way is forced to plain text by a logit bias, which the reported log-probabilities do
+not see: where it was a fragment of a character, the server would leave them out.
+
 The server has no log-probabilities of a prompt: a text is scored by asking about each of its prefixes, several in one
 request, and the server's prompt cache makes each cost one more token.
 """
@@ -10,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import msgspec
-import numpy as np
 
 from fedpt_secure.data.token_bytes import TokenBytes
 from fedpt_secure.data.tokenizer import TextTokenizer
@@ -28,6 +30,7 @@ _ANSWER_BYTES = 64 << 10
 _CALL_BYTES = 32 << 20
 """Prefixes of a text share a request up to about this much answer."""
 _IDS_AT_ONCE = 2048
+_FORCED = 1e6
 _PREFIXES_AT_ONCE = 64
 
 
@@ -97,10 +100,18 @@ class LlamaCppSource:
     """
 
     def __init__(
-        self, transport: HttpTransport, vocabulary: Vocabulary, *, width: int, context_length: int, model_name: str
+        self,
+        transport: HttpTransport,
+        vocabulary: Vocabulary,
+        tokens: TokenBytes,
+        *,
+        width: int,
+        context_length: int,
+        model_name: str,
     ) -> None:
         self._transport = transport
         self._vocabulary = vocabulary
+        self._tokens = tokens
         self._width = width
         self._url = transport.endpoint.url
         self.model_name = model_name
@@ -136,6 +147,7 @@ class LlamaCppSource:
         source = cls(
             transport,
             vocabulary,
+            tokenizer.token_bytes(),
             width=models.data[0].meta.n_vocab,
             context_length=properties.default_generation_settings.n_ctx,
             model_name=models.data[0].id.rsplit("/", 1)[-1],
@@ -172,10 +184,18 @@ class LlamaCppSource:
         answers: list[TopLogprobs] = []
         for first in range(0, len(texts), at_once):
             some = [list(text) for text in texts[first : first + at_once]]
-            body = {"prompt": some, "n_predict": 1, "n_probs": probabilities, "temperature": 0.0, "cache_prompt": True}
+            body = {
+                "prompt": some,
+                "n_predict": 1,
+                "n_probs": probabilities,
+                "temperature": 0.0,
+                "logit_bias": [[self._tokens.plain, _FORCED]],
+                "cache_prompt": True,
+                "response_fields": _FIELDS,
+            }
             completions = self._transport.post(
                 f"{self._url}/completion",
-                body | {"response_fields": _FIELDS},
+                body,
                 _decode_many if len(some) > 1 else _decode_one_or_many,
                 largest_answer_bytes=len(some) * (per_text + _ANSWER_BYTES),
                 prompt_tokens=sum(map(len, some)),
@@ -233,9 +253,15 @@ class LlamaCppSource:
                 raise BlackBoxError(
                     f"the server gave the probabilities of {len(places)} tokens where one was asked for"
                 )
-            entries = [entry for entry in places[0].top_logprobs if not self._vocabulary.size <= entry.id < self._width]
+            entries = places[0].top_logprobs
             answers.append(
-                _renormalised(entries, top_k, self._vocabulary.size, padded=self._width > self._vocabulary.size)
+                TopLogprobs.checked(
+                    [entry.id for entry in entries],
+                    [entry.logprob for entry in entries],
+                    asked=top_k,
+                    vocabulary_size=self._vocabulary.size,
+                    width=self._width,
+                )
             )
         return answers
 
@@ -253,7 +279,7 @@ class LlamaCppSource:
                 f"{server} has {self._width} tokens; our tokenizer has {size}",
                 hint="give the tokenizer the server's model was published with (--large-tokenizer)",
             )
-        tokens = tokenizer.token_bytes()
+        tokens = self._tokens
         text = probe_text(tokenizer, tokens)
         require_same_ids(tokenizer.ids(text), self._tokenize(text, control=False), tokens, server=server)
         for special in sorted({self._vocabulary.separator_id, *self._vocabulary.end_ids}):
@@ -304,12 +330,3 @@ class LlamaCppSource:
 def _decode_one_or_many(body: bytes) -> list[_Completion]:
     """A list of one prompt may be answered by a bare object."""
     return _decode_many(body) if body.lstrip()[:1] == b"[" else [_decode_one(body)]
-
-
-def _renormalised(entries: Sequence[_Entry], top_k: int, size: int, *, padded: bool) -> TopLogprobs:
-    top = TopLogprobs.checked(
-        [entry.id for entry in entries], [entry.logprob for entry in entries], asked=top_k, vocabulary_size=size
-    )
-    if not padded or top.ids.size < size:
-        return top
-    return TopLogprobs(top.ids, top.logprobs - np.logaddexp.reduce(top.logprobs))

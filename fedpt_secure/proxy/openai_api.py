@@ -35,8 +35,8 @@ Dialect = Literal["vllm", "llamacpp", "other"]
 LARGEST_BIAS = 100.0
 LARGEST_BIAS_TOKENS = 300
 """OpenAI's limits of `logit_bias`: offsets within +-100, for this many tokens."""
-USUAL_TOP_K: Mapping[Dialect, int | None] = {"vllm": 20, "llamacpp": None, "other": 5}
-"""What servers grant unless they were started otherwise; None for the whole vocabulary."""
+USUAL_TOP_K: Mapping[Dialect, int] = {"vllm": 20, "llamacpp": 1000, "other": 5}
+"""What servers grant unless they were started otherwise; llama.cpp grants all, at a price (`proxy/connection.py`)."""
 
 _TEXTS_AT_ONCE = 32
 _BYTES_PER_ENTRY = 512
@@ -44,6 +44,7 @@ _ANSWER_BYTES = 64 << 10
 _TOKEN_ID = re.compile(r"token_id:(\d{1,9})")
 _BYTES = re.compile(r"bytes:((?:\\x[0-9a-fA-F]{2})+)")
 _PROBE_TOKENS = 16
+_FORCED = 1e6
 
 
 class _Content(msgspec.Struct):
@@ -84,6 +85,7 @@ class _Completion(msgspec.Struct):
 
 class _Meta(msgspec.Struct):
     n_ctx: int | None = None
+    n_vocab: int | None = None
 
 
 class _Model(msgspec.Struct):
@@ -118,12 +120,14 @@ class OpenAISource:
         top_k: int,
         prompt_logprobs: bool,
         context_length: int,
+        width: int,
     ) -> None:
         self._transport = transport
         self._vocabulary = vocabulary
         self._tokens = tokens
         self._model = model
         self._url = transport.endpoint.url
+        self._width = width
         self.dialect: Dialect = dialect
         self._echo = prompt_logprobs and dialect == "other"
         self._capabilities = Capabilities(
@@ -161,11 +165,8 @@ class OpenAISource:
             ConfigError: the model has to be named, or the context length.
             ModelError: the server's vocabulary is another one; the first differing tokens are named.
         """
-        model, dialect, context = _identify(transport)
-        usual = USUAL_TOP_K[dialect]
-        wanted = vocabulary.size if usual is None else usual
-        if top_k is not None:
-            wanted = min(top_k, vocabulary.size)
+        model, dialect, context, width = _identify(transport)
+        wanted = min(USUAL_TOP_K[dialect] if top_k is None else top_k, vocabulary.size)
         if (context_length or context) is None:
             raise ConfigError(
                 f"the server at {transport.endpoint.url} does not tell its context length",
@@ -180,6 +181,7 @@ class OpenAISource:
             top_k=wanted,
             prompt_logprobs=dialect != "llamacpp",
             context_length=context_length or context or 0,
+            width=max(width or 0, vocabulary.size),
         )
         return source._settled(tokenizer)
 
@@ -213,7 +215,13 @@ class OpenAISource:
         answers: list[TopLogprobs] = []
         for first in range(0, len(texts), _TEXTS_AT_ONCE):
             some = [list(text) for text in texts[first : first + _TEXTS_AT_ONCE]]
-            for choice in self._complete(some, logprobs=top_k, positions=len(some)):
+            # llama.cpp: padding is asked for too and dropped, and the sampled token is forced to plain text, because a
+            # fragment of a character would come without log-probabilities; what is reported does not see the bias.
+            options: dict[str, Any] = {}
+            if self.dialect == "llamacpp":
+                options["logit_bias"] = {str(self._tokens.plain): _FORCED}
+            columns = top_k + self._width - self._vocabulary.size
+            for choice in self._complete(some, logprobs=columns, positions=len(some), **options):
                 answers.append(self._generated(choice, top_k))
         return answers
 
@@ -302,6 +310,7 @@ class OpenAISource:
             top_k=top_k,
             prompt_logprobs=prompt_logprobs,
             context_length=self._capabilities.context_length,
+            width=self._width,
         )
 
     def _check_cut(self, text: str, ours: Sequence[int]) -> None:
@@ -452,15 +461,17 @@ class OpenAISource:
         return ids[0] if len(ids) == 1 else None
 
     def _checked(self, ids: Sequence[int], logprobs: Sequence[float], top_k: int, *, strict: bool) -> TopLogprobs:
-        return TopLogprobs.checked(ids, logprobs, asked=top_k, vocabulary_size=self._vocabulary.size, strict=strict)
+        return TopLogprobs.checked(
+            ids, logprobs, asked=top_k, vocabulary_size=self._vocabulary.size, width=self._width, strict=strict
+        )
 
 
 class _NoLogprobs(BlackBoxError):
     """An answer without the log-probabilities that were asked for."""
 
 
-def _identify(transport: HttpTransport) -> tuple[str, Dialect, int | None]:
-    """The model's name, the server's dialect, and the context length where the server tells it."""
+def _identify(transport: HttpTransport) -> tuple[str, Dialect, int | None, int | None]:
+    """The model's name, the server's dialect, and the context length and output columns where the server tells them."""
     url, wanted = transport.endpoint.url, transport.endpoint.model
     try:
         models = (
@@ -484,10 +495,11 @@ def _identify(transport: HttpTransport) -> tuple[str, Dialect, int | None]:
         names = ", ".join(repr(model.id) for model in models[:5])
         raise ConfigError(f"the server at {url} has no model {wanted!r}; it has {names}", hint="check the name")
     if found is None:
-        return str(wanted), "other", None
+        return str(wanted), "other", None, None
     owners: dict[str, Dialect] = {"vllm": "vllm", "llamacpp": "llamacpp"}
     context = found.max_model_len or (found.meta.n_ctx if found.meta else None)
-    return found.id, owners.get(found.owned_by or "", "other"), context
+    width = found.meta.n_vocab if found.meta else None
+    return found.id, owners.get(found.owned_by or "", "other"), context, width
 
 
 def _number(name: str) -> int:

@@ -26,6 +26,9 @@ from fedpt_secure.errors import BlackBoxError
 LARGEST_EXCESS = 1e-3
 """How far a log-probability may lie above 0, and the log of a total mass above 0: room for rounding to 4 digits."""
 
+_LIKELY_CAPPED = 2048
+"""As many tokens at the cap are looked for before all are."""
+
 _EXCLUDED_BELOW = -1e30
 """llama.cpp writes the lowest float32 for the logarithm of 0; so does whoever has no infinity in JSON."""
 
@@ -44,7 +47,14 @@ class TopLogprobs:
 
     @classmethod
     def checked(
-        cls, ids: Sequence[int], logprobs: Sequence[float], *, asked: int, vocabulary_size: int, strict: bool = True
+        cls,
+        ids: Sequence[int],
+        logprobs: Sequence[float],
+        *,
+        asked: int,
+        vocabulary_size: int,
+        width: int = 0,
+        strict: bool = True,
     ) -> TopLogprobs:
         """An API's answer, or an error that says what is wrong with it.
 
@@ -56,6 +66,8 @@ class TopLogprobs:
             logprobs: one per id.
             asked: how many were asked for.
             vocabulary_size: V; ids are below it.
+            width: columns of the model's output layer where they are known; those from V on are padding, are dropped,
+                and whole answers are normalised without them.
             strict: fewer than asked for is an error. False where the API's format can lose some.
 
         Raises:
@@ -66,6 +78,8 @@ class TopLogprobs:
         values = np.asarray(logprobs, dtype=np.float64)
         if columns.shape != values.shape or columns.ndim != 1:
             raise BlackBoxError(f"the API gave {columns.size} tokens and {values.size} log-probabilities")
+        padding = (columns >= vocabulary_size) & (columns < width)
+        columns, values = columns[~padding], values[~padding]
         foreign = columns[(columns < 0) | (columns >= vocabulary_size)]
         if foreign.size:
             raise BlackBoxError(
@@ -95,6 +109,8 @@ class TopLogprobs:
                 f"the API's {columns.size} tokens have a total mass of {math.exp(min(log_mass, 700)):.4g}, more than 1",
                 hint="the API returns scores that are not log-probabilities",
             )
+        if width > vocabulary_size == columns.size:
+            values = values - log_mass
         return cls(columns[order], values)
 
     def with_scores(self, ids: Sequence[int], logprobs: Sequence[float]) -> TopLogprobs:
@@ -161,18 +177,23 @@ def complete(top: TopLogprobs, shape: Tensor, *, bound: float | None = None) -> 
 
 
 def _capped(values: Tensor, cap: float, log_mass: float) -> Tensor:
-    """`min(c + values, cap)` with `c` such that the total mass is kept: tokens at the cap, the rest scaled up."""
-    capped = torch.zeros_like(values, dtype=torch.bool)
-    result = values
-    for _ in range(values.numel()):
-        over = (result > cap) & ~capped
-        if not bool(over.any()):
-            break
-        capped |= over
-        left = math.exp(log_mass) - int(capped.sum()) * math.exp(cap)
-        free = torch.where(capped, -math.inf, values)
-        total = torch.logsumexp(free, dim=-1)
-        if left <= 0 or not bool(torch.isfinite(total)):
-            break
-        result = torch.where(capped, cap, free - total + math.log(left))
-    return torch.where(capped, cap, result)
+    """`min(c + values, cap)` with `c` such that the total mass `exp(log_mass)` is kept; `values` have it already.
+
+    With the values in falling order, the first `m` are at the cap and the rest are scaled by
+    `(mass - m e^cap) / rest(m)`; `m` is the least count at which the next value stays below the cap.
+    """
+    if float(values.max()) <= cap:
+        return values
+    for most in (_LIKELY_CAPPED, values.numel()):
+        falling, order = values.topk(min(most, values.numel()))
+        mass = math.exp(log_mass)
+        rest = mass - torch.cat([torch.zeros(1, dtype=torch.float64), falling.exp().cumsum(0)[:-1]])
+        left = mass - torch.arange(len(falling), dtype=torch.float64) * math.exp(cap)
+        scale = left.clamp(min=0) / rest.clamp(min=1e-300)
+        settled = torch.nonzero(falling.exp() * scale <= math.exp(cap))
+        if settled.numel():
+            count = int(settled[0])
+            result = values + math.log(max(float(scale[count]), 1e-300))
+            result[order[:count]] = cap
+            return result.clamp(max=cap)
+    return values.clamp(max=cap)

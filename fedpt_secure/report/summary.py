@@ -61,6 +61,7 @@ def summarise(result: RunResult) -> dict[str, Any]:
             "cohort": config.federation.agreed_cohort,
             "dropped": sum(len(line["dropped"]) for line in transcripts),
         },
+        "black_box": dict(result.black_box),
         "bytes": byte_counts(transcripts),
         "seconds": {name: round(value, 3) for name, value in result.seconds.items()}
         | {f"rounds.{name}": round(value, 3) for name, value in phase_seconds(transcripts).items()},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from collections import deque
@@ -14,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -332,3 +335,132 @@ def connect(impatient) -> Iterator[Callable[..., Any]]:
 def other_tokenizer() -> Tokenizer:
     """As many tokens, other merges."""
     return byte_tokenizer(skip=8)
+
+
+@pytest.fixture
+def tuned_small() -> Callable[[int], Any]:
+    """Makes a small LM with a changed adapter, of so many output columns."""
+    return tuned_model
+
+
+_LLAMA_SERVER = """
+import sys, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path = sys.argv[1]
+parameters.n_ctx = int(sys.argv[2])
+parameters.n_parallel = 1
+# One thread: beside a busy process the spinning barriers of two fall to a token in seconds.
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+parameters.hostnames = ["127.0.0.1"]
+parameters.port = 0
+# Float32 throughout: the cache would be float16, and so is what the kernel of flash attention sums in.
+parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+parameters.warmup = False
+server = xllamacpp.Server(parameters)
+print("listening", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def llama_server() -> Iterator[Callable[..., str]]:
+    """Starts llama.cpp's own server on a GGUF file, in a process of its own; yields its address. Stopped by its id."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(gguf: Path, *, context: int) -> str:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _LLAMA_SERVER, str(gguf), str(context)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        running.append(process)
+        for line in process.stdout:
+            if line.startswith("listening "):
+                return line.split()[1]
+        raise RuntimeError(f"llama.cpp's server ended with {process.wait()}")
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(timeout=20)
+        process.stdin.close()
+        process.stdout.close()
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, *, pre: str) -> None:
+    """A float32 GGUF of a Transformers Llama and a byte-level tokenizer."""
+    config, weights = model.config, {name: value.numpy() for name, value in model.state_dict().items()}
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    described = json.loads(tokenizer.to_str())
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    special = {token["content"] for token in described["added_tokens"]}
+    tokens = [token for token, _ in sorted(ids.items(), key=lambda item: item[1])]
+    kinds = [gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens]
+    padding = [f"[PAD{index}]" for index in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens + padding)
+    writer.add_token_types([*kinds, *[gguf.TokenType.UNUSED] * len(padding)])
+    writer.add_token_merges(
+        [" ".join(pair) if isinstance(pair, list) else pair for pair in described["model"]["merges"]]
+    )
+    writer.add_bos_token_id(ids["<|endoftext|>"])
+    writer.add_eos_token_id(ids["<|im_end|>"])
+
+    def interleaved(value: np.ndarray, heads: int) -> np.ndarray:
+        """Rotary halves as llama.cpp's pairs."""
+        rows, columns = value.shape
+        return value.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+    writer.add_tensor("token_embd.weight", weights["model.embed_tokens.weight"])
+    writer.add_tensor("output_norm.weight", weights["model.norm.weight"])
+    if not config.tie_word_embeddings:
+        writer.add_tensor("output.weight", weights["lm_head.weight"])
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}", f"blk.{layer}"
+        query, key = weights[f"{ours}.self_attn.q_proj.weight"], weights[f"{ours}.self_attn.k_proj.weight"]
+        writer.add_tensor(f"{theirs}.attn_q.weight", interleaved(query, config.num_attention_heads))
+        writer.add_tensor(f"{theirs}.attn_k.weight", interleaved(key, config.num_key_value_heads))
+        for name, place in (
+            ("attn_v", "self_attn.v_proj"),
+            ("attn_output", "self_attn.o_proj"),
+            ("ffn_gate", "mlp.gate_proj"),
+            ("ffn_up", "mlp.up_proj"),
+            ("ffn_down", "mlp.down_proj"),
+            ("attn_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"),
+        ):
+            writer.add_tensor(f"{theirs}.{name}.weight", weights[f"{ours}.{place}.weight"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory) -> tuple[Path, Path]:
+    """One random model over the small byte tokenizer, its output layer padded, as GGUF and as a Transformers folder."""
+    folder = tmp_path_factory.mktemp("tiny-gguf")
+    tokenizer = byte_tokenizer()
+    model = llama(7, vocab_size=tokenizer.get_vocab_size() + 6, max_position_embeddings=128)
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_gguf(folder / "tiny.gguf", model, tokenizer, pre="gpt-2")
+    return folder / "tiny.gguf", folder
+
+
+@pytest.fixture
+def gguf_writer() -> Callable[..., None]:
+    return write_gguf
