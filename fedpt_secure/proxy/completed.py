@@ -80,7 +80,7 @@ class CompletedLM:
             api,
             full_vocabulary=True,
             exact_tokens=top_k,
-            # Waiting for an answer does not leave this process free: the small LM computes too, and one model cannot run
+            # Waiting for an answer does not leave this process free: the small LM computes, and one model cannot run
             # with its adapter on for one thread and off for another.
             remote=False,
             context_length=min(api.context_length, small.context_length),
