@@ -31,6 +31,17 @@ def score_batches(
 ) -> Iterator[Tensor]:
     """Logits after every position, one sequence at a time, in order: `[len, width]` in the model's dtype.
 
+    `score_copies` of a forward with one row per row of the batch.
+    """
+    for logits in score_copies(forward, sequences, copies=1, batch_tokens=batch_tokens, device=device):
+        yield logits[0]
+
+
+def score_copies(
+    forward: Forward, sequences: Sequence[Sequence[int]], *, copies: int, batch_tokens: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Logits after every position, one sequence at a time, in order: `[copies, len, width]` in the model's dtype.
+
     Neighbouring sequences share a right-padded batch of at most `batch_tokens` positions, padding included (a longer
     sequence runs alone). One batch of logits is alive at a time.
     """
@@ -43,7 +54,7 @@ def score_batches(
             mask[row, : len(sequence)] = 1
         logits = forward(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
         for row, sequence in enumerate(batch):
-            yield logits[row, : len(sequence)]
+            yield logits[row :: len(batch), : len(sequence)]
 
 
 def log_distribution(logits: Tensor, size: int) -> Tensor:

@@ -11,10 +11,7 @@ from fedpt_secure.lm.token_map import TokenMap
 
 
 class SmallSession(Protocol):
-    """A batch of continuations in progress, in small token ids, in step with the large model's session.
-
-    As there (`black_box.Session`), rows may come and go, and a row's answers do not depend on the others.
-    """
+    """A batch of continuations in progress, in small token ids, in step with the large model's session."""
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
         """Base and tuned log-probabilities of each row's next token: float32 `[batch, v]` each."""
@@ -23,10 +20,19 @@ class SmallSession(Protocol):
         """Extend every row by one small token."""
 
     def join(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Add a row per prompt, none empty, behind the present ones."""
+        """`Session.join`."""
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, at least one, each named once, in this order; forget the others."""
+        """`Session.select`."""
+
+    def score_draft(self, drafts: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+        """`Session.score_draft` for both sides: float32 `[len(draft) + 1, v]` twice per row."""
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """`Session.keep`."""
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Forget each row's last tokens, 0 or more. `append` must be the next call: what follows is not known."""
 
 
 class SmallPair(Protocol):

@@ -37,7 +37,7 @@ from fedpt_secure.proxy.openai_api import OpenAISource
 SHIPPED = Path(str(resources.files("fedpt_secure.lm.builtin"))) / "tokenizer.json"
 
 
-def llama(seed: int, *, vocab_size: int, **changes) -> LlamaForCausalLM:
+def make_llama(seed: int, *, vocab_size: int, **changes) -> LlamaForCausalLM:
     """A random model with clear preferences: its logits have a standard deviation of about 3."""
     settings = {
         "hidden_size": 32,
@@ -56,10 +56,15 @@ def llama(seed: int, *, vocab_size: int, **changes) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="session")
+def llama():
+    return make_llama
+
+
+@pytest.fixture(scope="session")
 def large_directory(tmp_path_factory) -> Path:
     """A tiny Llama over the shipped tokenizer's 49,152 tokens, its output layer padded to 49,160."""
     path = tmp_path_factory.mktemp("large")
-    llama(1, vocab_size=49_160).save_pretrained(path)
+    make_llama(1, vocab_size=49_160).save_pretrained(path)
     shutil.copy(SHIPPED, path / "tokenizer.json")
     return path
 
@@ -75,7 +80,7 @@ def tuned_model(vocab_size: int):
     with warnings.catch_warnings():
         # PEFT 0.21 reads a name that Transformers 5.23 deprecates.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        model = get_peft_model(llama(2, vocab_size=vocab_size), config).eval()
+        model = get_peft_model(make_llama(2, vocab_size=vocab_size), config).eval()
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from fedpt_secure.errors import ModelError
 from fedpt_secure.lm.token_map import TokenMap
@@ -107,3 +110,109 @@ def test_texts_that_do_not_fit_are_refused(pair):
 def test_a_map_wider_than_the_output_layer_is_refused(pair):
     with pytest.raises(ModelError, match="608 output columns"):
         AdapterPair(pair._model, TokenMap.identity(609))
+
+
+def cases():
+    """Which layers and modules carry LoRA."""
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return {
+        "last-down": ([2], ["down_proj"], [1, 1, 2]),
+        "middle-all": ([1], every, [1, 2, 2]),
+        "everywhere": (None, every, [2, 2, 2]),
+    }
+
+
+@pytest.fixture
+def adapted(llama):
+    base = llama(2, vocab_size=60, num_hidden_layers=3)
+    return lambda layers, modules, **changes: adapt(base, layers, modules, changes)
+
+
+def adapt(base, layers, modules, changes):
+    config = LoraConfig(
+        r=2, lora_alpha=6, target_modules=modules, layers_to_transform=layers, task_type="CAUSAL_LM", **changes
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = get_peft_model(base, config).eval()
+    torch.manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.5)
+    return model
+
+
+@pytest.mark.parametrize("name", cases())
+def test_one_pass_for_both_sides_is_two_passes(adapted, name):
+    layers, modules, copies = cases()[name]
+    model = adapted(layers, modules)
+    once, twice = (AdapterPair(model, TokenMap.identity(60), one_pass=one_pass) for one_pass in (True, False))
+    assert once._folded.copies == copies
+    texts = [[5, 9, 0, 1], [3], [7, 7, 2, 58, 59, 1]]
+    for mine, theirs in zip(once.score(texts), twice.score(texts), strict=True):
+        for side, expected in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(side, expected, rtol=0, atol=1e-4)
+    sessions = once.start(texts), twice.start(texts)
+
+    def same():
+        for side, expected in zip(*(session.logprobs() for session in sessions), strict=True):
+            torch.testing.assert_close(side, expected, rtol=0, atol=1e-4)
+
+    same()
+    assert (sessions[0].logprobs()[0] - sessions[0].logprobs()[1]).abs().max() > 0.5
+    for act in (
+        lambda session: session.append([1, 2, 3]),
+        lambda session: session.join([[4, 4]]),
+        lambda session: session.select([3, 0, 2]),
+        lambda session: (session.rewind([1, 0, 2]), session.append([9, 9, 9])),
+    ):
+        list(map(act, sessions))
+        same()
+    for mine, theirs in zip(*(session.score_draft([[1, 2], [], [3]]) for session in sessions), strict=True):
+        for side, expected in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(side, expected, rtol=0, atol=1e-4)
+    for session in sessions:
+        session.keep([1, 0, 1])
+    same()
+
+
+def test_layers_below_the_first_adapted_one_run_once_per_row(adapted):
+    pair = AdapterPair(adapted([2], ["down_proj"]), TokenMap.identity(60))
+    rows = []
+    base = pair._model.get_base_model()
+    hooks = [
+        module.register_forward_hook(lambda _, args, out: rows.append(out.shape[0]))
+        for module in (*(layer.mlp for layer in base.model.layers), base.lm_head)
+    ]
+    pair.start([[1, 2], [3]])
+    assert rows == [2, 2, 4, 4]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_the_one_pass_reads_the_adapter_as_it_is_now(adapted):
+    model = adapted([2], ["down_proj"])
+    pair = AdapterPair(model, TokenMap.identity(60))
+    next(pair.score([[1, 2]]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    base, tuned = next(pair.score([[1, 2]]))
+    torch.testing.assert_close(base, tuned, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}], ids=str)
+def test_an_adapter_that_is_more_than_plain_lora_takes_two_passes(adapted, changes):
+    pair = AdapterPair(adapted([2], ["down_proj"], **changes), TokenMap.identity(60))
+    assert pair._folded is None
+    base, tuned = next(pair.score([[1, 2]]))
+    assert (base - tuned).abs().max() > 0.1
+
+
+def test_the_model_is_left_as_it_was_found_when_the_one_pass_fails(pair):
+    before = state(pair._model)
+    with pytest.raises(IndexError):
+        list(pair.score([[10_000]]))
+    assert state(pair._model) == before
+    assert not any("forward" in vars(module) for module in pair._model.modules())
+    assert not any(module._forward_pre_hooks for module in pair._model.modules())
