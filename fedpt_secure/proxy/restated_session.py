@@ -1,9 +1,10 @@
-"""A `Session` over an API that keeps nothing: every call carries the whole text of every row."""
+"""A `Session` over an API that keeps nothing: every call carries the whole text of the rows it asks about."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from fedpt_secure.errors import BlackBoxError
@@ -19,7 +20,7 @@ float32 `[count, V]`."""
 class RestatedSession:
     """Rows are lists of ids, and one function asks about them.
 
-    An answer is asked for when it is wanted and once only, whatever is asked again before a row changes.
+    An answer about a row is asked for when it is wanted and once only, until the row changes.
 
     Args:
         prompts: at least one, none empty.
@@ -31,28 +32,31 @@ class RestatedSession:
         self, prompts: Sequence[Sequence[int]], ask: NextLogprobs, ask_tail: TailLogprobs | None = None
     ) -> None:
         self._rows = [list(prompt) for prompt in prompts]
+        self._answers: list[Tensor | None] = [None] * len(prompts)
         self._ask = ask
         self._ask_tail = ask_tail
-        self._answer: Tensor | None = None
         self._drafts: list[list[int]] = []
+        self._scores: list[Tensor] = []
 
     def logprobs(self) -> Tensor:
-        if self._answer is None:
-            self._answer = self._ask(self._rows)
-        return self._answer
+        unknown = [row for row, answer in enumerate(self._answers) if answer is None]
+        if unknown:
+            for row, answer in zip(unknown, self._ask([self._rows[row] for row in unknown]), strict=True):
+                self._answers[row] = answer
+        return torch.stack([answer for answer in self._answers if answer is not None])
 
     def append(self, ids: Sequence[int]) -> None:
         for row, token in zip(self._rows, ids, strict=True):
             row.append(token)
-        self._answer = None
+        self._answers = [None] * len(self._rows)
 
     def join(self, prompts: Sequence[Sequence[int]]) -> None:
         self._rows += [list(prompt) for prompt in prompts]
-        self._answer = None
+        self._answers += [None] * len(prompts)
 
     def select(self, rows: Sequence[int]) -> None:
         self._rows = [self._rows[row] for row in rows]
-        self._answer = self._answer[list(rows)] if self._answer is not None else None
+        self._answers = [self._answers[row] for row in rows]
 
     def score_draft(self, drafts: Sequence[Sequence[int]]) -> list[Tensor]:
         if self._ask_tail is None:
@@ -62,10 +66,11 @@ class RestatedSession:
             )
         self._drafts = [list(draft) for draft in drafts]
         texts = [row + draft for row, draft in zip(self._rows, self._drafts, strict=True)]
-        return self._ask_tail(texts, [len(draft) + 1 for draft in self._drafts])
+        self._scores = self._ask_tail(texts, [len(draft) + 1 for draft in self._drafts])
+        return self._scores
 
     def keep(self, counts: Sequence[int]) -> None:
-        for row, draft, count in zip(self._rows, self._drafts, counts, strict=True):
-            row += draft[:count]
-        self._drafts = []
-        self._answer = None
+        for row, (draft, count) in enumerate(zip(self._drafts, counts, strict=True)):
+            self._rows[row] += draft[:count]
+            self._answers[row] = self._scores[row][count]
+        self._drafts, self._scores = [], []

@@ -11,7 +11,10 @@ from fedpt_secure.lm.token_map import TokenMap
 
 
 class SmallSession(Protocol):
-    """A batch of continuations in progress, in small token ids, in step with the large model's session."""
+    """A batch of continuations in progress, in small token ids, in step with the large model's session.
+
+    As there (`black_box.Session`), rows may come and go, and a row's answers do not depend on the others.
+    """
 
     def logprobs(self) -> tuple[Tensor, Tensor]:
         """Base and tuned log-probabilities of each row's next token: float32 `[batch, v]` each."""
@@ -32,7 +35,7 @@ class SmallSession(Protocol):
         """`Session.keep`."""
 
     def rewind(self, counts: Sequence[int]) -> None:
-        """Forget each row's last tokens, 0 or more. `append` must be the next call: what follows is not known."""
+        """Forget each row's last tokens, 0 or more. What follows is not known until each row is extended."""
 
 
 class SmallPair(Protocol):

@@ -112,6 +112,11 @@ def byte_tokenizer(merges: int = 40, *, skip: int = 0) -> Tokenizer:
     return tokenizer
 
 
+@pytest.fixture(scope="session")
+def byte_level() -> Callable[..., Tokenizer]:
+    return byte_tokenizer
+
+
 @dataclass
 class Request:
     path: str

@@ -8,11 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from fedpt_secure.errors import BlackBoxError, ConfigError, ModelError
-from fedpt_secure.proxy.decoding import DecodingSettings, choose_token
 from fedpt_secure.proxy.decoding import generate as generate_from
+from fedpt_secure.proxy.sampling import DecodingSettings
 from fedpt_secure.proxy.steering import SteeringRule, steered_logprobs
 
 PROMPT = [0, 504, 3575, 12]
@@ -43,7 +42,7 @@ def slow_generate(large, pair, prompt, settings, rng, first_place=FIRST_PLACE):
                 mass += weights[kept] / total
                 kept += 1
             draw, running = rng.random() * mass, 0.0
-            for rank in range(kept):
+            for rank in sorted(range(kept), key=lambda rank: ranked[rank]):
                 token = ranked[rank]
                 running += weights[rank] / total
                 if running > draw:
@@ -119,45 +118,3 @@ def test_what_cannot_work_is_refused_before_the_first_token(large, pair):
     pair._config.max_position_embeddings = 10
     with pytest.raises(ModelError, match="small LM's context of 10"):
         generate(large, pair, PROMPT, DecodingSettings(rule=LINEAR, max_new_tokens=7), rng)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"max_new_tokens": 0},
-        {"temperature": -0.1},
-        {"temperature": math.nan},
-        {"temperature": math.inf},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"top_p": math.nan},
-    ],
-    ids=str,
-)
-def test_settings_out_of_range_are_refused_by_name(change):
-    with pytest.raises(ConfigError, match=next(iter(change))):
-        DecodingSettings(**({"rule": LINEAR, "max_new_tokens": 5} | change))
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
-def test_sampling_follows_the_tempered_truncated_distribution(temperature, top_p):
-    """Chi-square over 20,000 seeded draws; a correct sampler fails a given seed with probability 1e-4."""
-    logprobs = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2]).log()
-    weights = logprobs.double().div(temperature).exp().numpy()
-    weights /= weights.sum()
-    kept = {(1.0, 1.0): [0, 1, 2, 3, 4], (0.5, 1.0): [0, 1, 2, 3, 4], (1.0, 0.6): [1, 3]}[temperature, top_p]
-    settings = DecodingSettings(rule=ALONE, max_new_tokens=1, temperature=temperature, top_p=top_p)
-    rng = np.random.default_rng(5)
-    counts = np.bincount([choose_token(logprobs, settings, rng) for _ in range(20_000)], minlength=5)
-    assert set(np.flatnonzero(counts)) == set(kept)
-    expected = weights[kept] / weights[kept].sum() * 20_000
-    assert stats.chisquare(counts[kept], expected).pvalue > 1e-4
-
-
-def test_an_excluded_token_is_never_chosen_and_the_lowest_id_wins_a_tie():
-    settings = DecodingSettings(rule=ALONE, max_new_tokens=1, temperature=100.0)
-    logprobs = torch.tensor([-math.inf, 0.0, -math.inf])
-    rng = np.random.default_rng(0)
-    assert {choose_token(logprobs, settings, rng) for _ in range(100)} == {1}
-    greedy = dataclasses.replace(settings, temperature=0.0)
-    assert choose_token(torch.tensor([-3.0, -1.0, -1.0, -1.0]), greedy, rng) == 1

@@ -61,9 +61,12 @@ def test_an_answer_is_asked_for_once_and_a_draft_is_one_call(restated, calls):
     assert len(calls) == 1
     session.score_draft([[3, 4, 5]])
     assert calls[1:] == [[[1, 2, 3, 4, 5]]]
+    scored = session._scores[0][2]
     session.keep([2])
+    assert torch.equal(session.logprobs()[0], scored)
+    session.join([[6, 7]])
     session.logprobs()
-    assert calls[2:] == [[[1, 2, 3, 4]]]
+    assert calls[2:] == [[[6, 7]]]
 
 
 def test_an_api_that_cannot_score_a_draft_says_so():
