@@ -20,7 +20,7 @@ from torch import Tensor
 from fedpt_secure.errors import BlackBoxError, ConfigError, ModelError
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.proxy.arithmetic import tuning_shift
-from fedpt_secure.proxy.decoding import DecodingSettings
+from fedpt_secure.proxy.sampling import DecodingSettings
 from fedpt_secure.proxy.small_pair import SmallPair
 from fedpt_secure.proxy.top_source import TopSource
 

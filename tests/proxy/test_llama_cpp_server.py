@@ -17,8 +17,9 @@ from fedpt_secure.proxy.adapter_pair import AdapterPair
 from fedpt_secure.proxy.biased import generate_biased
 from fedpt_secure.proxy.black_box import guard
 from fedpt_secure.proxy.connection import black_box_of, connect
-from fedpt_secure.proxy.decoding import DecodingSettings, generate
+from fedpt_secure.proxy.decoding import generate
 from fedpt_secure.proxy.local_transformers import LocalTransformersLM
+from fedpt_secure.proxy.sampling import DecodingSettings
 from fedpt_secure.proxy.steering import SteeringRule, steered_logprobs
 
 TEXTS = [[296, 72, 105, 3, 260, 9], [296, 1], [296, *range(40, 70)]]
