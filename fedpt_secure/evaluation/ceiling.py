@@ -102,6 +102,11 @@ def tune_ceiling(
     """
     if not examples:
         raise DataError("there is no training record to tune the large model on")
+    if weights.endpoint is not None:
+        raise ModelError(
+            f"the large LM is behind an API ({weights.source}); there are no weights to tune",
+            hint="evaluate without the ceiling, or with --large naming weights",
+        )
     digest = ceiling_digest(weights, examples, settings)
     place = cache.root / "ceilings" / digest[:32]
     with cache.lock(f"ceiling-{digest[:32]}", progress):

@@ -91,9 +91,11 @@ class RunModels:
         """FedPT's last step after a round: teach the tuned small LM what its proxied large LM says on public text."""
         if self._answers is None:
             text = load_public_text(self.tokenizer, context_length=config.models.context_length)
+            exact = self.black_box(progress).capabilities.exact_tokens
+            completed = "" if exact is None else f", top {exact} completed by {self.small.name}"
             kept = AnswerCache(
                 self.cache.root / "answers",
-                model=self.weights.digest,
+                model=self.weights.digest + completed,
                 token_map=self.small.token_map,
                 top_k=config.proxy.distill_top_k,
             )

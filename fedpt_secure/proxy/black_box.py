@@ -37,6 +37,7 @@ class Capabilities:
         context_length: the most tokens of prompt and continuation together.
         draft_scoring: a session scores several tokens a row in one call (`Session.score_draft`).
         remote: answers come from another process or machine, so that waiting for them leaves this one free.
+        leaves_this_machine: texts are sent to another machine.
         stepwise_scoring: texts are scored all the same where `prompt_logprobs` is false, at that price.
         largest_batch: the most texts a session may hold; None for no limit, 1 where there is no batching.
         largest_bias: how many tokens a logit bias may name.
@@ -52,6 +53,7 @@ class Capabilities:
     context_length: int
     draft_scoring: bool = False
     remote: bool = False
+    leaves_this_machine: bool = False
     stepwise_scoring: bool = False
     largest_batch: int | None = None
     largest_bias: int = 0

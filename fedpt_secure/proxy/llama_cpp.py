@@ -125,6 +125,7 @@ class LlamaCppSource:
             largest_bias=vocabulary.size,
             context_length=context_length,
             remote=True,
+            leaves_this_machine=not transport.endpoint.on_this_machine,
         )
 
     @classmethod

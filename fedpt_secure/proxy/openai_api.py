@@ -141,6 +141,7 @@ class OpenAISource:
             largest_bias=LARGEST_BIAS_TOKENS,
             context_length=context_length,
             remote=True,
+            leaves_this_machine=not transport.endpoint.on_this_machine,
         )
 
     @classmethod
@@ -316,21 +317,12 @@ class OpenAISource:
     def _check_cut(self, text: str, ours: Sequence[int]) -> None:
         """By the server's own tokenizer where it shows it (vLLM, llama.cpp), else by its count of the text's tokens."""
         server = f"the server at {self._url}"
-        if self.dialect != "other":
-            body = {"content": text, "prompt": text, "model": self._model, "add_special_tokens": False}
-            try:
-                theirs = self._transport.post(
-                    f"{self._transport.endpoint.origin}/tokenize",
-                    body,
-                    msgspec.json.Decoder(_Tokens).decode,
-                    largest_answer_bytes=_ANSWER_BYTES + 32 * len(text),
-                ).result()
-            except ApiRefusal as refusal:
-                if refusal.status not in (404, 405):
-                    raise
-            else:
-                require_same_ids(ours, theirs.tokens, self._tokens, server=server)
-                return
+        if self.dialect != "other" and (theirs := self._tokenize(text)) is not None:
+            require_same_ids(ours, theirs, self._tokens, server=server)
+            for special in sorted({self._vocabulary.separator_id, *self._vocabulary.end_ids}):
+                named = self._tokenize(self._vocabulary.tokens[special])
+                require_same_ids([special], named or [], self._tokens, server=server)
+            return
         body = {"model": self._model, "prompt": text, "max_tokens": 1, "temperature": 0.0}
         completion = self._ask(body, limit=_ANSWER_BYTES, prompt_tokens=len(ours))
         counted = completion.usage.prompt_tokens if completion.usage else None
@@ -339,6 +331,22 @@ class OpenAISource:
                 f"{server} counts {counted} tokens in a probe text of {len(ours)}: its tokenizer is another one",
                 hint="give the tokenizer the server's model was published with (--large-tokenizer)",
             )
+
+    def _tokenize(self, text: str) -> list[int] | None:
+        """A text in the server's own tokens, control tokens by name; None where the server does not show them."""
+        body = {"content": text, "prompt": text, "model": self._model, "add_special_tokens": False}
+        try:
+            answer = self._transport.post(
+                f"{self._transport.endpoint.origin}/tokenize",
+                body,
+                msgspec.json.Decoder(_Tokens).decode,
+                largest_answer_bytes=_ANSWER_BYTES + 32 * len(text),
+            ).result()
+        except ApiRefusal as refusal:
+            if refusal.status not in (404, 405):
+                raise
+            return None
+        return answer.tokens
 
     def _complete(
         self, texts: list[list[int]], *, logprobs: int | None, positions: int, **options: Any

@@ -135,7 +135,7 @@ class AskingCost:
         tokens: of those still to be asked.
         calls: requests they take at most: one a text, or one a token where the API cannot score a text.
         kept_bytes: what their answers will take on disk, about.
-        leaves: the tokens go to another process or machine, perhaps somebody else's and paid for.
+        leaves: the tokens go to another machine, perhaps somebody else's and paid for.
     """
 
     texts: int
@@ -258,5 +258,5 @@ def asking_cost(black_box: BlackBoxLM, missing: Sequence[Sequence[int]], *, cach
         tokens=tokens,
         calls=len(missing) if able.prompt_logprobs else tokens,
         kept_bytes=tokens * (6 * top_k + 4),
-        leaves=able.remote,
+        leaves=able.leaves_this_machine,
     )

@@ -122,6 +122,7 @@ def evaluate_run(directory: RunDirectory, asked: EvaluateConfig, *, cache: Cache
             "large_digest": run.models.weights.digest,
             "small": config.models.small,
         },
+        "black_box": run.models.black_box_document(),
         "statement": NO_CHOICE,
     }
     files.write_json(directory.path / "evaluation.json", result)

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpt_secure.data import Cache
 from fedpt_secure.data.examples import Example
+from fedpt_secure.endpoint import Endpoint
 from fedpt_secure.errors import DataError, ModelError
 from fedpt_secure.evaluation import ceiling as module
 from fedpt_secure.evaluation.ceiling import ceiling_digest, ceiling_document, tune_ceiling
@@ -93,6 +94,12 @@ def test_the_merged_model_is_the_one_that_was_trained(weights, examples, tmp_pat
     merged = black_box_losses(examples, LocalTransformersLM(weights.path, CPU, adapter=ceiling.adapter))
     tokens = sum(len(example.ids) - example.loss_from for example in examples)
     assert tuning.step(examples, 0.0) == pytest.approx(merged.sum() / tokens, rel=1e-5)
+
+
+def test_a_model_behind_an_api_has_no_ceiling(weights, examples, tmp_path):
+    behind = replace(weights, endpoint=Endpoint.parse("llama.cpp:http://127.0.0.1:1"))
+    with pytest.raises(ModelError, match="no weights to tune"):
+        tune_ceiling(behind, examples, SETTINGS, cache=Cache(tmp_path), device=CPU)
 
 
 def test_it_is_trained_once(weights, examples, tmp_path, monkeypatch):

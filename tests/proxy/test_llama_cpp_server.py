@@ -167,7 +167,8 @@ def test_smollm2_over_http_equals_the_in_process_model(
         source.close()
     for name, figures in worst.items():
         record_property(name, figures)
-    assert worst["float32"][0] < 2e-3
+    # Measured 5.1e-5 and 3.3e-5; and 0.47 and 0.0065, where other processors round in other places.
+    assert worst["float32"][0] < 5e-4
     assert worst["float32"][1] < 5e-4
-    assert worst["Q4_1"][1] < 0.5
+    assert worst["Q4_1"][1] < 1.0
     assert worst["Q4_1"][2] < 0.02

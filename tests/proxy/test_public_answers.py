@@ -115,7 +115,7 @@ def test_a_damaged_answer_is_shown_and_asked_for_again(damage, large, pair, text
 
 @pytest.mark.parametrize(("able", "calls"), [(True, 6), (False, 39)])
 def test_the_cost_is_told_before_anything_is_asked(able, calls, large, pair, text, tmp_path):
-    box = Counting(large, remote=True, prompt_logprobs=able, stepwise_scoring=True)
+    box = Counting(large, remote=True, leaves_this_machine=True, prompt_logprobs=able, stepwise_scoring=True)
     notes = Notes()
     ask_black_box(box, pair.token_map, text, kept(pair, tmp_path), notes)
     tokens = sum(map(len, text.sequences))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import logging
 import math
+import ssl
 import time
 
 import numpy as np
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
+from fedpt_secure.endpoint import Endpoint
 from fedpt_secure.errors import BlackBoxError, ConfigError, ModelError
 from fedpt_secure.proxy.black_box import guard
-from fedpt_secure.proxy.http_transport import TransportSettings
+from fedpt_secure.proxy.http_transport import HttpTransport, TransportSettings
 from fedpt_secure.proxy.top_source import RemoteLM
 
 DIALECTS = ["llama.cpp", "vllm", "llamacpp", "other"]
@@ -36,6 +44,15 @@ def test_full_answers_over_http_are_the_models_own(api_server, connect, dialect)
     torch.testing.assert_close(session.logprobs(), expected(server, [TEXT, [1, 2]]))
     session.append([7, 8])
     torch.testing.assert_close(session.logprobs(), expected(server, [[*TEXT, 7], [1, 2, 8]]))
+    if not box.capabilities.draft_scoring:
+        with pytest.raises(BlackBoxError, match="several tokens"):
+            session.score_draft([[3], [4]])
+        return
+    before = len(server.requests)
+    drafts = session.score_draft([[3, 4], []])
+    assert len(server.requests) - before == 2  # one call a row, whatever the draft's length
+    torch.testing.assert_close(drafts[0], expected(server, [[*TEXT, 7], [*TEXT, 7, 3], [*TEXT, 7, 3, 4]]))
+    torch.testing.assert_close(drafts[1], expected(server, [[1, 2, 8]]))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -424,6 +441,45 @@ def test_requests_keep_to_the_rate(api_server, connect):
     for _ in range(5):
         source.next_tokens([TEXT], 3)
     assert time.monotonic() - began >= 4 / 20
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(api_server, impatient, tmp_path):
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    both = tmp_path / "server.pem"
+    both.write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + certificate.public_bytes(Encoding.PEM)
+    )
+    server = api_server("vllm")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(both)
+    server._server.socket = context.wrap_socket(server._server.socket, server_side=True)
+    endpoint = Endpoint.parse(f"openai:https://localhost:{server._server.server_address[1]}/v1")
+    transport = HttpTransport(endpoint, impatient, key="sk-secret")
+    with pytest.raises(BlackBoxError, match="certificate of localhost cannot be verified"):
+        transport.get(f"{endpoint.url}/models", bytes, largest_answer_bytes=1000).result()
+    transport.close()
+    assert transport.usage.requests == 1
+    assert server.requests == []
+
+
+def test_a_transport_speaks_to_its_own_host_only(impatient):
+    transport = HttpTransport(Endpoint.parse("openai:http://127.0.0.1:1/v1"), impatient)
+    for url in ("http://127.0.0.1:11/v1", "http://127.0.0.1/v1", "https://127.0.0.1:1/v1", "http://127.0.0.1:1.evil/"):
+        with pytest.raises(BlackBoxError, match="is not at"):
+            transport.get(url, bytes, largest_answer_bytes=1)
 
 
 def test_a_closed_adapter_says_so(api_server, connect):
