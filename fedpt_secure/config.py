@@ -248,6 +248,18 @@ class PrivacyConfig(Settings):
         return value
 
 
+class Tier(Settings):
+    """What a client with few resources declares when it joins: never chosen from its data, and public."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Of the clients (simulation); the shares of all tiers add up to 1."""
+    rank: Count | None = None
+    """Columns of every B that it trains, the first ones; default: all of `lora.rank`."""
+    layers: Count | None = None
+    """It trains only the last this many of the layers that have an adapter; default: all of them."""
+
+
 class FederationConfig(Settings):
     """Rounds, cohorts, and the failures that are simulated."""
 
@@ -267,6 +279,18 @@ class FederationConfig(Settings):
     ring_bits: Annotated[int, Field(ge=16, le=32)] = 32
     """Bits of a ring element; at most 32 in mode `local`: a client adds its noise before the encoding, and the grid of
     a 64-bit ring is finer than the noise's own, so that rounding would no longer hide the floats behind it."""
+
+    tiers: Annotated[tuple[Tier, ...], Field(strict=False)] = ()
+    """Kinds of clients by what they can train; none: all train the whole adapter (docs/constrained_clients.md)."""
+
+    @field_validator("tiers")
+    @classmethod
+    def _cover_everybody(cls, value: tuple[Tier, ...]) -> tuple[Tier, ...]:
+        if value and abs(sum(tier.share for tier in value) - 1) > 1e-9:
+            raise ValueError(f"the tiers' shares add up to {sum(tier.share for tier in value):g}, must be 1")
+        if len({tier.name for tier in value}) < len(value):
+            raise ValueError("two tiers have the same name")
+        return value
 
     @field_validator("ledgers")
     @classmethod
@@ -298,6 +322,9 @@ class TrainingConfig(Settings):
     local_learning_rate: Positive = 1.0
     normaliser: Positive = 16.0
     """Public constant that sums of gradients are divided by, whatever the client's record count."""
+    layers_per_round: Count | None = None
+    """Rounds train the adapted layers in blocks of this many, in turn from the top, and differentiate nothing below the
+    block; default: every round trains all."""
     sampled_positions: Count | None = None
     """Most loss tokens of a record that a step looks at, chosen by the client, anew in each; default: all of them."""
     server_optimizer: Literal["average", "momentum", "adam"] = "adam"
@@ -423,6 +450,18 @@ class RunConfig(Settings):
                 "training.local_steps must be 1 in mode distributed: its noise exists in the sum only, and a client "
                 "cannot take a second step from what it has not seen"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tiers_are_parts(self) -> RunConfig:
+        for tier in self.federation.tiers:
+            if tier.rank is not None and tier.rank > self.lora.rank:
+                raise ValueError(f"tier {tier.name!r} has rank {tier.rank}, above lora.rank {self.lora.rank}")
+            if tier.layers is not None and self.training.layers_per_round is not None:
+                raise ValueError(
+                    f"tier {tier.name!r} chooses layers, and so does training.layers_per_round: in some rounds it "
+                    "would train nothing, and pay for it"
+                )
         return self
 
     def for_population(self, clients: int) -> RunConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +14,22 @@ PROTOCOL = "fedpt-secure/round/2"
 MAXIMUM_BYTES = 1 << 30
 
 
+def agreed_digest(model_digest: bytes, config_digest: bytes) -> bytes:
+    """What clients sign of a round: the model they train from, and the terms (settings, tiers, blocks) they do it on.
+
+    Masks are derived from it too: those of clients with other terms do not cancel.
+    """
+    return hashlib.sha256(b"fedpt-secure/agreed/1" + model_digest + config_digest).digest()
+
+
 class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """One round: who is in it, on which terms, from which global adapter.
 
     Attributes:
         run_id: 16 random bytes of the run.
         attempt: counts restarts of the server; a restarted round is a new protocol session.
-        config_digest: SHA-256 of the run's configuration, which fixes every public constant of the training.
+        config_digest: SHA-256 of the run's configuration, which fixes every public constant of the training, and of
+            who declared which tier.
         clip_norm: what gradients or updates are clipped to in this round.
         adapter: the global adapter, little-endian float32.
     """

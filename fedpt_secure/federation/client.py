@@ -21,9 +21,10 @@ from fedpt_secure.crypto import (
 )
 from fedpt_secure.errors import AlreadyReleased, RoundError
 from fedpt_secure.federation.aggregation import AggregationClient, aggregation_of
-from fedpt_secure.federation.announcement import Announcement
+from fedpt_secure.federation.announcement import Announcement, agreed_digest
 from fedpt_secure.federation.mechanisms import RoundMechanism, quantile_clipping
 from fedpt_secure.federation.protocol_errors import as_round_error
+from fedpt_secure.federation.tiers import EVERYTHING, TrainingPlan
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy import (
     Ledger,
@@ -43,9 +44,10 @@ class ClientTerms:
     Attributes:
         run_id: of the run it joined.
         config: the run's configuration.
-        config_digest: SHA-256 of it.
+        config_digest: SHA-256 of it, and of everybody's tier (`TrainingPlan.digest`).
         mechanism: with noise calibrated to the budget over all rounds the client may be in.
         schedule: who takes part in which round; public, fixed before the first one. The server does not choose.
+        plan: who trains which part of the adapter in which round; public and fixed likewise.
     """
 
     run_id: bytes
@@ -53,6 +55,7 @@ class ClientTerms:
     config_digest: bytes
     mechanism: RoundMechanism
     schedule: tuple[tuple[str, ...], ...]
+    plan: TrainingPlan = EVERYTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class ClientWorker:
                 attempt=announcement.attempt,
                 cohort=announcement.cohort,
                 roster_digest=self._roster.digest,
-                model_digest=small.weights_digest(vector),
+                model_digest=agreed_digest(small.weights_digest(vector), terms.config_digest),
                 vector_length=terms.mechanism.vector_length,
                 ring_bits=announcement.ring_bits,
                 threshold=announcement.threshold,
@@ -248,7 +251,8 @@ class ClientWorker:
             return before
         small.load_adapter_vector(announcement.adapter_vector())
         noise = self._randomness.noise(round_index)
-        released = mechanism.release(small, self._examples, clip_norm=announcement.clip_norm, noise=noise)
+        part = self._terms.plan.part(self.client_id, round_index)
+        released = mechanism.release(small, self._examples, clip_norm=announcement.clip_norm, noise=noise, part=part)
         self._ledger.release(
             run_id,
             round_index,

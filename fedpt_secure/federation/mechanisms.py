@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fedpt_secure.config import RunConfig, withstood
 from fedpt_secure.crypto import FixedPointEncoding, RandomBytes
 from fedpt_secure.errors import PrivacyError
+from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy import (
     DpSgdSettings,
@@ -65,17 +66,34 @@ class RoundMechanism(ABC):
 
     @abstractmethod
     def release(
-        self, small: SmallLM, examples: Sequence[SmallExample], *, clip_norm: float, noise: NoiseSource
+        self,
+        small: SmallLM,
+        examples: Sequence[SmallExample],
+        *,
+        clip_norm: float,
+        noise: NoiseSource,
+        part: TrainedPart = WHOLE,
     ) -> npt.NDArray[Any]:
-        """The client's noised release at the adapter that is loaded; the adapter is put back."""
+        """The client's noised release at the adapter that is loaded; the adapter is put back.
+
+        Args:
+            part: what the client trains, by the public plan.
+        """
 
     @abstractmethod
     def to_ring(self, released: npt.NDArray[Any], random_bytes: RandomBytes) -> RingVector:
         """The release as the vector that secure aggregation sums."""
 
     @abstractmethod
-    def decode(self, total: RingVector, *, survivors: int, clip_norm: float) -> DecodedSum:
-        """What the server learns from the sum over the survivors."""
+    def decode(
+        self, total: RingVector, *, survivors: int, clip_norm: float, contributors: FloatArray | None = None
+    ) -> DecodedSum:
+        """What the server learns from the sum over the survivors.
+
+        Args:
+            contributors: how many survivors train each entry, `[d]`; all of them if None. Entries that nobody trains
+                are 0 in the mean update.
+        """
 
 
 class LocalMechanism(RoundMechanism):
@@ -101,15 +119,24 @@ class LocalMechanism(RoundMechanism):
         )
 
     def release(
-        self, small: SmallLM, examples: Sequence[SmallExample], *, clip_norm: float, noise: NoiseSource
+        self,
+        small: SmallLM,
+        examples: Sequence[SmallExample],
+        *,
+        clip_norm: float,
+        noise: NoiseSource,
+        part: TrainedPart = WHOLE,
     ) -> FloatArray:
-        return train_locally(small, examples, self._settings, noise=noise).vector
+        return train_locally(small, examples, self._settings, noise=noise, part=part).vector
 
     def to_ring(self, released: npt.NDArray[Any], random_bytes: RandomBytes) -> RingVector:
         return self._encoding.encode(released.astype(np.float64), random_bytes=random_bytes)
 
-    def decode(self, total: RingVector, *, survivors: int, clip_norm: float) -> DecodedSum:
-        return DecodedSum(self._encoding.decode_sum(total, survivors=survivors) / survivors, clip_norm)
+    def decode(
+        self, total: RingVector, *, survivors: int, clip_norm: float, contributors: FloatArray | None = None
+    ) -> DecodedSum:
+        mean = _per_contributor(self._encoding.decode_sum(total, survivors=survivors), survivors, contributors)
+        return DecodedSum(mean, clip_norm)
 
 
 class RingNoiseMechanism(RoundMechanism):
@@ -139,7 +166,13 @@ class RingNoiseMechanism(RoundMechanism):
         self.cost = GaussianSteps(self.ring.noise_multiplier(self.ring.honest_shares), privacy.sampling_rate, steps=1)
 
     def release(
-        self, small: SmallLM, examples: Sequence[SmallExample], *, clip_norm: float, noise: NoiseSource
+        self,
+        small: SmallLM,
+        examples: Sequence[SmallExample],
+        *,
+        clip_norm: float,
+        noise: NoiseSource,
+        part: TrainedPart = WHOLE,
     ) -> RingVector:
         privacy, training = self._config.privacy, self._config.training
         if self._by_client:
@@ -153,6 +186,7 @@ class RingNoiseMechanism(RoundMechanism):
                 noise=noise,
                 quantile=self._quantile,
                 positions=training.sampled_positions,
+                part=part,
             )
         else:
             vector = sampled_gradient_sum(
@@ -163,26 +197,38 @@ class RingNoiseMechanism(RoundMechanism):
                 noise=noise,
                 quantile=self._quantile,
                 positions=training.sampled_positions,
+                part=part,
             )
         return self.ring.encode(vector, noise)
 
     def to_ring(self, released: npt.NDArray[Any], random_bytes: RandomBytes) -> RingVector:
         return released  # `release` made it in the ring already
 
-    def decode(self, total: RingVector, *, survivors: int, clip_norm: float) -> DecodedSum:
+    def decode(
+        self, total: RingVector, *, survivors: int, clip_norm: float, contributors: FloatArray | None = None
+    ) -> DecodedSum:
         training = self._config.training
         decoded = self.ring.decode(total)
-        units = survivors * self._config.privacy.sampling_rate
+        units = self._config.privacy.sampling_rate  # that a survivor is expected to contribute
         if self._by_client:
             step = clip_norm / units
         else:
             units *= training.normaliser
             step = -training.local_learning_rate * clip_norm / units
         if self._quantile is None:
-            return DecodedSum(step * decoded, clip_norm)
+            return DecodedSum(step * _per_contributor(decoded, survivors, contributors), clip_norm)
+        units *= survivors
+        mean = _per_contributor(decoded[:-1], survivors, contributors)
         return DecodedSum(
-            step * decoded[:-1], self._quantile.next_clip_norm(clip_norm, float(decoded[-1]), expected_units=units)
+            step * mean, self._quantile.next_clip_norm(clip_norm, float(decoded[-1]), expected_units=units)
         )
+
+
+def _per_contributor(total: FloatArray, survivors: int, contributors: FloatArray | None) -> FloatArray:
+    """A sum over the survivors, divided entry by entry by how many of them train it; 0 where nobody does."""
+    if contributors is None:
+        return total / survivors
+    return np.divide(total, contributors, out=np.zeros_like(total), where=contributors > 0)
 
 
 def build_mechanism(config: RunConfig, *, noise_multiplier: float, dimension: int) -> RoundMechanism:

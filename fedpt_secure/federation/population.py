@@ -18,6 +18,7 @@ from fedpt_secure.federation.client import ClientRandomness, ClientTerms, Client
 from fedpt_secure.federation.ledgers import ledger_directories
 from fedpt_secure.federation.mechanisms import RoundMechanism
 from fedpt_secure.federation.run_directory import RunDirectory
+from fedpt_secure.federation.tiers import EVERYTHING, TrainingPlan
 from fedpt_secure.privacy import (
     UNITS,
     Budget,
@@ -96,18 +97,20 @@ def build_population(
     directory: RunDirectory,
     recorder: AuditRecorder,
     new: bool,
+    plan: TrainingPlan = EVERYTHING,
 ) -> Population:
     """Give every client that will be asked its identity, ledger and noise source.
 
     Args:
         schedule: the cohorts of all rounds.
         recorder: told what clients release.
+        plan: who trains which part of the adapter.
         new: the run has no checkpoint yet, so ledgers may be begun; later a missing one is an error.
 
     Raises:
         LedgerError: a client's ledger is missing or damaged, or lies among ledgers of other records.
     """
-    terms = ClientTerms(run_id, config, config_digest(config), mechanism, schedule)
+    terms = ClientTerms(run_id, config, plan.digest(config_digest(config)), mechanism, schedule, plan)
     identities = {client: Identity.generate() for client in set().union(*schedule)}
     privacy = config.privacy
     # Only where there is no ledger yet: one that is there has its owner's budget.

@@ -28,6 +28,7 @@ from fedpt_secure.federation.schedule import cohort_schedule, participations
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.federation.setup import RunModels, load_models
 from fedpt_secure.federation.state import RunState, restore, save
+from fedpt_secure.federation.tiers import TrainingPlan
 from fedpt_secure.privacy import (
     GaussianSteps,
     PrivacyStatement,
@@ -98,6 +99,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
     if models.source is not None:
         models.black_box(progress)  # an API that cannot be evaluated is missed now, not after the last round
     train = training_examples(text, models, config)
+    plan = TrainingPlan.of(config, text.client_ids, small.adapted_layers)
     mechanism = build_mechanism(config, noise_multiplier=noise_multiplier, dimension=small.dimension)
     state = restore(directory, config, text, small)
     recorder = AuditRecorder(directory, config)
@@ -111,6 +113,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
         directory=directory,
         recorder=recorder,
         new=state.new,
+        plan=plan,
     )
     if isinstance(mechanism, RingNoiseMechanism):
         _require_counted_as(mechanism.cost, population)
@@ -212,6 +215,7 @@ def _round(
         model_digest=small.weights_digest(adapter),
         mechanism=population.terms.mechanism,
         clip_norm=state.clip_norm,
+        contributors=lambda survivors: population.terms.plan.contributors(small, survivors, round_index),
     )
     recorder.begin(adapter)
     aggregate, transcript = run_round(
@@ -226,7 +230,7 @@ def _round(
     small.load_adapter_vector(adapter)
     if aggregate is not None:
         state.clip_norm = aggregate.clip_norm
-        moved, state.optimizer = state.optimizer.apply(adapter, aggregate.mean_update)
+        moved, state.optimizer = state.optimizer.apply(adapter, aggregate.mean_update, trained=aggregate.trained)
         if not np.abs(moved).max() <= LARGEST_ADAPTER_ENTRY:
             raise ModelError(
                 f"training diverged in round {round_index}: the adapter is no longer finite or small",

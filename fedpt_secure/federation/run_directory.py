@@ -68,7 +68,7 @@ class Checkpoint:
         data_digest: of the prepared text; resuming on other text is refused.
         model_digest: of the small LM's frozen part.
         config_toml: the settled configuration that the rounds so far were trained with.
-        tensors: `adapter`, `first_moment`, `second_moment`, `average`, each float [d].
+        tensors: `adapter`, `first_moment`, `second_moment`, `seen`, `average`, each float [d].
         scalars: `optimizer_steps`, `seconds` by phase so far, and the next round's `clip_norm`.
     """
 
@@ -372,7 +372,7 @@ def _require_whole(checkpoint: Checkpoint) -> None:
     """Raises KeyError or ValueError where a checkpoint lacks what resuming needs."""
     if len(checkpoint.run_id) != 16 or checkpoint.rounds_done < 0:
         raise ValueError(f"run id {checkpoint.run_id.hex()!r} or round count {checkpoint.rounds_done} cannot be")
-    vectors = [checkpoint.tensors[name] for name in ("adapter", "first_moment", "second_moment", "average")]
+    vectors = [checkpoint.tensors[name] for name in ("adapter", "first_moment", "second_moment", "seen", "average")]
     if any(v.ndim != 1 or v.shape != vectors[0].shape or v.dtype.kind != "f" for v in vectors):
         raise ValueError("adapter and moments are not float vectors of one length")
     if not isinstance(checkpoint.scalars, dict):

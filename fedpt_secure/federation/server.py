@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from fedpt_secure.crypto import (
     default_threshold,
 )
 from fedpt_secure.federation.aggregation import aggregation_of
-from fedpt_secure.federation.announcement import PROTOCOL, Announcement
+from fedpt_secure.federation.announcement import PROTOCOL, Announcement, agreed_digest
 from fedpt_secure.federation.mechanisms import RoundMechanism
 from fedpt_secure.federation.protocol_errors import as_round_error
 
@@ -27,11 +27,13 @@ class RoundAggregate:
 
     Attributes:
         clip_norm: of the next round.
+        trained: entries that some survivor trained, `[d]`; all of them if None.
     """
 
     mean_update: npt.NDArray[np.float64]
     clip_norm: float
     survivors: tuple[str, ...]
+    trained: npt.NDArray[np.bool_] | None = None
 
 
 class AggregationServer:
@@ -55,7 +57,13 @@ class AggregationServer:
         model_digest: bytes,
         mechanism: RoundMechanism,
         clip_norm: float,
+        contributors: Callable[[Sequence[str]], npt.NDArray[np.float64] | None] = lambda survivors: None,
     ) -> None:
+        """Begin a round.
+
+        Args:
+            contributors: how many of the survivors train each entry of the adapter, by the public plan; None for all.
+        """
         federation = config.federation
         threshold = default_threshold(len(cohort))
         self.context = RoundContext(
@@ -64,7 +72,7 @@ class AggregationServer:
             attempt=attempt,
             cohort=tuple(cohort),
             roster_digest=roster.digest,
-            model_digest=model_digest,
+            model_digest=agreed_digest(model_digest, config_digest),
             vector_length=mechanism.vector_length,
             ring_bits=federation.ring_bits,
             threshold=threshold,
@@ -72,6 +80,7 @@ class AggregationServer:
         )
         self._mechanism = mechanism
         self._clip_norm = clip_norm
+        self._contributors = contributors
         self._protocol = aggregation_of(config).server(context=self.context, roster=roster)
         self.rejected: list[str] = []
         """One line per message that was refused; its sender counts as silent."""
@@ -135,5 +144,9 @@ class AggregationServer:
         with as_round_error():
             total = self._protocol.aggregate()
             survivors = tuple(self._protocol.survivors)
-            decoded = self._mechanism.decode(total, survivors=len(survivors), clip_norm=self._clip_norm)
-        return RoundAggregate(decoded.mean_update, decoded.clip_norm, survivors)
+            contributors = self._contributors(survivors)
+            decoded = self._mechanism.decode(
+                total, survivors=len(survivors), clip_norm=self._clip_norm, contributors=contributors
+            )
+        trained = None if contributors is None else contributors > 0
+        return RoundAggregate(decoded.mean_update, decoded.clip_norm, survivors, trained)

@@ -19,8 +19,13 @@ class ServerOptimizer:
     """FedAvg, FedAvgM or FedAdam (Reddi et al. 2021, Algorithm 2) over the adapter vector.
 
     `average` adds the mean update as it is. `momentum` adds a running sum of updates. `adam` divides the running mean
-    by the root of a running mean square, both corrected for their start: under heavy noise all coordinates have about
-    the same mean square, so it works like momentum with a step size that does not depend on clip norm or cohort.
+    by the root of a running mean square, both corrected for their start, entry by entry: under heavy noise all
+    coordinates have about the same mean square, so it works like momentum with a step size that does not depend on
+    clip norm or cohort.
+
+    Attributes:
+        seen: how many updates each entry has taken part in, `[d]`.
+        steps: updates that were applied.
     """
 
     kind: Literal["average", "momentum", "adam"]
@@ -28,6 +33,7 @@ class ServerOptimizer:
     momentum: float
     first_moment: Vector
     second_moment: Vector
+    seen: Vector
     steps: int = 0
 
     @classmethod
@@ -36,23 +42,34 @@ class ServerOptimizer:
     ) -> ServerOptimizer:
         """An optimizer that has seen nothing."""
         zeros = np.zeros(dimension)
-        return cls(kind, learning_rate, momentum, zeros, zeros.copy())
+        return cls(kind, learning_rate, momentum, zeros, zeros.copy(), zeros.copy())
 
     def apply(
-        self, weights: npt.NDArray[np.float32], mean_update: Vector
+        self,
+        weights: npt.NDArray[np.float32],
+        mean_update: Vector,
+        *,
+        trained: npt.NDArray[np.bool_] | None = None,
     ) -> tuple[npt.NDArray[np.float32], ServerOptimizer]:
-        """Move the weights by one mean update `[d]`; returns the new weights and the optimizer after the step."""
-        steps = self.steps + 1
-        if self.kind == "average":
-            moved = weights + self.learning_rate * mean_update
-            return moved.astype(np.float32), replace(self, steps=steps)
+        """Move the weights by one mean update `[d]`; returns the new weights and the optimizer after the step.
+
+        Args:
+            trained: entries that this round trained, `[d]`; all of them if None. The others stay where they are, and so
+                do their moments: an old direction must not go on moving them.
+        """
+        seen, first, second = self.seen + 1, self.first_moment, self.second_moment
+        step = mean_update
         if self.kind == "momentum":
-            first = self.momentum * self.first_moment + mean_update
-            moved = weights + self.learning_rate * first
-            return moved.astype(np.float32), replace(self, first_moment=first, steps=steps)
-        first = self.momentum * self.first_moment + (1 - self.momentum) * mean_update
-        decay = ADAM_SECOND_MOMENT_DECAY
-        second = decay * self.second_moment + (1 - decay) * mean_update**2
-        direction = (first / (1 - self.momentum**steps)) / (np.sqrt(second / (1 - decay**steps)) + ADAM_EPSILON)
-        moved = weights + self.learning_rate * direction
-        return moved.astype(np.float32), replace(self, first_moment=first, second_moment=second, steps=steps)
+            step = first = self.momentum * first + mean_update
+        elif self.kind == "adam":
+            first = self.momentum * first + (1 - self.momentum) * mean_update
+            decay = ADAM_SECOND_MOMENT_DECAY
+            second = decay * second + (1 - decay) * mean_update**2
+            step = (first / (1 - self.momentum**seen)) / (np.sqrt(second / (1 - decay**seen)) + ADAM_EPSILON)
+        moved = (weights + self.learning_rate * step).astype(np.float32)
+        if trained is not None:
+            moved = np.where(trained, moved, weights)
+            seen = np.where(trained, seen, self.seen)
+            first = np.where(trained, first, self.first_moment)
+            second = np.where(trained, second, self.second_moment)
+        return moved, replace(self, first_moment=first, second_moment=second, seen=seen, steps=self.steps + 1)

@@ -73,6 +73,7 @@ def restore(directory: RunDirectory, config: RunConfig, text: FederatedText, sma
         training.server_momentum,
         checkpoint.tensors["first_moment"],
         checkpoint.tensors["second_moment"],
+        checkpoint.tensors["seen"],
         int(checkpoint.scalars["optimizer_steps"]),
     )
     directory.cut_logs(checkpoint.rounds_done)
@@ -100,6 +101,7 @@ def save(directory: RunDirectory, state: RunState, config: RunConfig, text: Fede
                 "adapter": small.adapter_vector(),
                 "first_moment": state.optimizer.first_moment,
                 "second_moment": state.optimizer.second_moment,
+                "seen": state.optimizer.seen,
                 "average": state.average.total,
             },
             scalars={

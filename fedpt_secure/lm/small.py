@@ -20,7 +20,8 @@ from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.lm.directions import FILE as DIRECTIONS_FILE
 from fedpt_secure.lm.directions import Directions
-from fedpt_secure.lm.split import EXACT_COMPUTE, SplitLM, TrainingCompute, split_model
+from fedpt_secure.lm.part import TrainedPart
+from fedpt_secure.lm.split import EXACT_COMPUTE, SplitLM, TrainingCompute, layer_of, split_model
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.lm.vocabulary import Vocabulary
 
@@ -116,11 +117,54 @@ class SmallLM:
         self.digest = self._digest()
         self.split: SplitLM | None = split_model(self.model, self.trained_names, compute)
         """The model cut below its first trained module, for one example's gradient; None if it cannot be cut."""
+        self._splits_of_parts: dict[frozenset[int], SplitLM | None] = {}
 
     @property
     def dimension(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for _, parameter in self._trainable)
+
+    @property
+    def adapted_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with an adapter, ascending."""
+        return tuple(sorted({layer for layer in map(layer_of, self.trained_names) if layer is not None}))
+
+    def trains(self, part: TrainedPart) -> list[int]:
+        """How many columns of each trained parameter belong to a part, in the order of `adapter_vector`.
+
+        Raises:
+            ModelError: there is no such part in this adapter.
+        """
+        layers = None if part.layers is None else part.layers & set(self.adapted_layers)
+        if (part.layers is not None and layers != part.layers) or layers == frozenset():
+            raise ModelError(f"layers {sorted(part.layers or ())} are not among the adapted {self.adapted_layers}")
+        columns = []
+        for name, parameter in self._trainable:
+            rank = parameter.shape[1]
+            if part.rank is not None and not 1 <= part.rank <= rank:
+                raise ModelError(f"a part of rank {part.rank} is not one of an adapter of rank {rank}")
+            inside = layers is None or layer_of(name) in layers
+            columns.append((rank if part.rank is None else part.rank) if inside else 0)
+        return columns
+
+    def coordinates(self, part: TrainedPart) -> npt.NDArray[np.bool_]:
+        """Which entries of `adapter_vector` belong to a part, `[dimension]`."""
+        masks = []
+        for parameter, columns in zip(self.trainable, self.trains(part), strict=True):
+            masks.append(np.broadcast_to(np.arange(parameter.shape[1]) < columns, parameter.shape).reshape(-1))
+        return np.concatenate(masks)
+
+    def split_for(self, part: TrainedPart) -> SplitLM | None:
+        """The model cut below the part's lowest layer, made when it is first asked for; None if it cannot be cut.
+
+        Each cut keeps activations of its own, within `compute.cache_bytes`.
+        """
+        if part.layers is None or self.split is None or part.layers == set(self.adapted_layers):
+            return self.split
+        if part.layers not in self._splits_of_parts:
+            names = [name for name in self.trained_names if layer_of(name) in part.layers]
+            self._splits_of_parts[part.layers] = split_model(self.model, names, self.compute)
+        return self._splits_of_parts[part.layers]
 
     @property
     def trained_names(self) -> list[str]:

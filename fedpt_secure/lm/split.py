@@ -223,6 +223,12 @@ class SplitLM:
         return below, taps[0] if taps else None
 
 
+def layer_of(name: str) -> int | None:
+    """Index of the layer that a parameter of this name is in; None outside the layers."""
+    found = _LAYER.search(name)
+    return None if found is None else int(found.group(1))
+
+
 class _Skip(nn.Module):
     """In the place of a layer that has been run already."""
 

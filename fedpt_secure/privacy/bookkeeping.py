@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from fedpt_secure.errors import PrivacyError
+from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.examples import SampledPositions, SmallExample, example_loss, example_losses
 
@@ -27,19 +28,24 @@ ExampleGradients = Callable[[Sequence[SmallExample]], torch.Tensor]
 
 
 @contextmanager
-def bookkeeping_gradients(small: SmallLM, *, positions: SampledPositions | None = None) -> Iterator[ExampleGradients]:
+def bookkeeping_gradients(
+    small: SmallLM, *, positions: SampledPositions | None = None, part: TrainedPart = WHOLE
+) -> Iterator[ExampleGradients]:
     """Yield the function; on leaving, the model is as it was.
 
     One example by itself is computed as `small.compute` says; several in one pass in the model's own precision.
 
     Args:
         positions: the loss tokens that count; all of them if None.
+        part: what is trained; gradients are 0 elsewhere, and nothing is differentiated below its lowest layer.
 
     Raises:
         PrivacyError: a trained parameter is not the weight of a linear layer without bias, or, from the function, such
             a layer does not run exactly once, or sees no axis of examples.
     """
     layers = _trained_layers(small)
+    columns = small.trains(part)
+    trained = {index for index, count in enumerate(columns) if count}
     gradients: dict[int, torch.Tensor] = {}
 
     def watch(index: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], None]:
@@ -49,7 +55,7 @@ def bookkeeping_gradients(small: SmallLM, *, positions: SampledPositions | None 
             def on_backward(g: torch.Tensor) -> None:
                 if index in gradients or x.dim() != 3:
                     raise PrivacyError("a trained layer runs twice, or not on [examples, positions, width]")
-                gradients[index] = torch.bmm(g.transpose(1, 2).float(), x.float())
+                gradients[index] = torch.bmm(g.transpose(1, 2).float(), x[..., : columns[index]].float())
 
             if not output.requires_grad:  # nothing below this layer is trained: the backward pass ends here
                 output.requires_grad_()
@@ -60,19 +66,26 @@ def bookkeeping_gradients(small: SmallLM, *, positions: SampledPositions | None 
     def compute(batch: Sequence[SmallExample]) -> torch.Tensor:
         gradients.clear()
         if len(batch) == 1:
-            loss = example_loss(small, batch[0], positions=positions)
+            loss = example_loss(small, batch[0], positions=positions, part=part)
         else:
             loss = example_losses(small, batch, positions=positions).sum()
         torch.autograd.backward(loss)
-        if len(gradients) != len(layers) or any(len(part) != len(batch) for part in gradients.values()):
+        if gradients.keys() != trained or any(len(part) != len(batch) for part in gradients.values()):
             raise PrivacyError("a trained layer did not run once for each example")
-        return torch.cat([gradients.pop(index).flatten(1).cpu() for index in range(len(layers))], dim=1)
+        rows = []
+        for index, layer in enumerate(layers):
+            row = torch.zeros(len(batch), *layer.weight.shape)
+            if index in trained:
+                row[..., : columns[index]] = gradients.pop(index).cpu()
+            rows.append(row.flatten(1))
+        return torch.cat(rows, dim=1)
 
     with ExitStack() as undo:
         for index, layer in enumerate(layers):
             layer.weight.requires_grad_(False)
             undo.callback(layer.weight.requires_grad_, True)
-            undo.callback(layer.register_forward_hook(watch(index)).remove)
+            if index in trained:
+                undo.callback(layer.register_forward_hook(watch(index)).remove)
         yield compute
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from fedpt_secure.errors import PrivacyError
+from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.bookkeeping import bookkeeping_gradients
 from fedpt_secure.privacy.examples import SampledPositions, SmallExample
@@ -55,6 +56,7 @@ def clipped_sum(
     method: Method = "bookkeeping",
     examples_per_pass: int = 1,
     positions: SampledPositions | None = None,
+    part: TrainedPart = WHOLE,
 ) -> ClippedSum:
     """Sum the examples' gradients at the loaded adapter, each scaled down to `clip_norm` where it is longer.
 
@@ -79,11 +81,12 @@ def clipped_sum(
             comparison. `ghost` sums in float32, so that its guarantee holds up to rounding.
         examples_per_pass: examples in one forward pass; where the assumption is to be had by construction, 1.
         positions: the loss tokens of an example that count in this step; all of them if None.
+        part: what is trained, for `bookkeeping` alone; the sum is 0 elsewhere, and an example's norm is over the part.
 
     Raises:
         PrivacyError: `clip_norm` is not a positive number within float32's range, the method is unknown or a pass
-            has no examples, passes in bfloat16 would be shared, there are more examples than the grid can sum, or a
-            model whose layers do not keep examples apart.
+            has no examples, passes in bfloat16 would be shared, there are more examples than the grid can sum, another
+            method would sum a part, or a model whose layers do not keep examples apart.
     """
     if not clip_norm >= _SMALLEST_CLIP_NORM:
         raise PrivacyError(f"clip_norm is {clip_norm}, must be at least {_SMALLEST_CLIP_NORM:g}")
@@ -99,16 +102,22 @@ def clipped_sum(
             "gradients by far more than rounding in float32 does",
             hint="one example per pass, or float32",
         )
+    if part != WHOLE and method != "bookkeeping":
+        raise PrivacyError(f"method {method!r} sums gradients of whole adapters only")
     total = _GridSum(small.dimension, clip_norm)
     norms = np.zeros(len(examples))
     if method == "ghost":
         with ghost_sums(small, total.scales, positions=positions) as sums:
             for chosen, batch in _passes(examples, examples_per_pass):
-                part, norms[chosen] = sums(batch)
-                total.add_floats(part)
+                scaled, norms[chosen] = sums(batch)
+                total.add_floats(scaled)
     else:
-        ways = bookkeeping_gradients if method == "bookkeeping" else hook_gradients
-        with ways(small, positions=positions) as gradients:
+        way = (
+            bookkeeping_gradients(small, positions=positions, part=part)
+            if method == "bookkeeping"
+            else hook_gradients(small, positions=positions)
+        )
+        with way as gradients:
             for chosen, batch in _passes(examples, examples_per_pass):
                 norms[chosen] = total.add(gradients(batch))
     return ClippedSum(total.value(), norms)

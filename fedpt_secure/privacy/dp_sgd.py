@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedpt_secure.errors import PrivacyError
+from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.clipped_sum import clipped_sum
 from fedpt_secure.privacy.examples import SampledPositions, SmallExample
@@ -66,8 +67,12 @@ def train_locally(
     settings: DpSgdSettings,
     *,
     noise: NoiseSource,
+    part: TrainedPart = WHOLE,
 ) -> LocalUpdate:
     """Take noisy steps from the adapter that is loaded; the adapter is put back before returning.
+
+    Args:
+        part: what is trained, a public choice; elsewhere the update is 0 whatever the data are, and needs no noise.
 
     Raises:
         PrivacyError: settings that are not a mechanism (no clipping, rate outside (0, 1], ...).
@@ -83,11 +88,14 @@ def train_locally(
                 [examples[int(index)] for index in chosen],
                 clip_norm=settings.clip_norm,
                 positions=SampledPositions.draw(settings.positions, noise),
+                part=part,
             )
             # Also where nobody was sampled: the step must look like any other, noise and all.
             noised = total.vector + noise.gaussian(
                 small.dimension, standard_deviation=settings.noise_multiplier * settings.clip_norm
             )
+            if part != WHOLE:
+                noised *= small.coordinates(part)
             moved -= settings.learning_rate / settings.normaliser * noised
             small.load_adapter_vector((before + moved).astype(np.float32))
     finally:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.noise import NoiseSource
 
@@ -89,13 +90,19 @@ def example_losses(
     return losses.view(len(batch), width).sum(1) / counts
 
 
-def example_loss(small: SmallLM, example: SmallExample, *, positions: SampledPositions | None = None) -> torch.Tensor:
+def example_loss(
+    small: SmallLM, example: SmallExample, *, positions: SampledPositions | None = None, part: TrainedPart = WHOLE
+) -> torch.Tensor:
     """The same of one example by itself, computed as `small.compute` says and no more of it than its gradient needs.
 
     Where the model can be cut (`lm.split`), only its upper half runs again, and its head only at the tokens that count.
+
+    Args:
+        part: what is trained; the loss is differentiable in the rest too only above the part's lowest layer.
     """
-    if small.split is not None:
+    split = small.split_for(part)
+    if split is not None:
         rows = np.arange(len(example.ids) - example.loss_from) if positions is None else positions.of(example)
-        return small.split.loss(example.ids, example.loss_from, torch.from_numpy(rows).to(small.device))
+        return split.loss(example.ids, example.loss_from, torch.from_numpy(rows).to(small.device))
     with torch.autocast(small.device.type, small.compute.dtype, enabled=small.compute.dtype != torch.float32):
         return example_losses(small, [example], positions=positions).sum()

@@ -31,6 +31,7 @@ def checkpoint(rounds_done=3):
             "adapter": np.arange(4, dtype=np.float32),
             "first_moment": np.zeros(4),
             "second_moment": np.ones(4),
+            "seen": np.ones(4),
             "average": np.zeros(4),
         },
         scalars={"optimizer_steps": 2, "seconds": {"rounds": 1.5}, "clip_norm": 0.1},
@@ -88,6 +89,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
 CHECKPOINT_DAMAGE = {
     "no adapter": (lambda c: replace(c, tensors=without(c.tensors, "adapter")), "lacks 'adapter'"),
     "no first moment": (lambda c: replace(c, tensors=without(c.tensors, "first_moment")), "lacks 'first_moment'"),
+    "no counts": (lambda c: replace(c, tensors=without(c.tensors, "seen")), "lacks 'seen'"),
     "no average": (lambda c: replace(c, tensors=without(c.tensors, "average")), "lacks 'average'"),
     "no second moment": (lambda c: replace(c, tensors=without(c.tensors, "second_moment")), "lacks 'second_moment'"),
     "unequal lengths": (lambda c: replace(c, tensors=c.tensors | {"first_moment": np.zeros(3)}), "one length"),

@@ -48,3 +48,29 @@ def test_adam_does_not_depend_on_the_scale_of_updates(factor):
     weights, _ = optimizer.apply(np.zeros(5, dtype=np.float32), UPDATES[0])
     scaled, _ = optimizer.apply(np.zeros(5, dtype=np.float32), UPDATES[0] * factor)
     assert np.allclose(weights, scaled, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["average", "momentum", "adam"])
+def test_an_entry_that_is_trained_in_some_rounds_moves_as_if_there_were_no_others(kind):
+    """Its weights, its moments and their correction: all as of an optimizer that saw its rounds alone."""
+    optimizer = ServerOptimizer.fresh(kind, learning_rate=0.1, momentum=0.9, dimension=5)
+    weights = np.zeros(5, dtype=np.float32)
+    masks = [np.arange(5) % 2 == index % 2 for index in range(6)]
+    for update, mask in zip(UPDATES, masks, strict=True):
+        before = weights
+        weights, optimizer = optimizer.apply(weights, np.where(mask, update, 0.0), trained=mask)
+        assert (weights[~mask] == before[~mask]).all()
+    for parity in (0, 1):
+        alone = ServerOptimizer.fresh(kind, learning_rate=0.1, momentum=0.9, dimension=5)
+        expected = np.zeros(5, dtype=np.float32)
+        for update in UPDATES[parity::2]:
+            expected, alone = alone.apply(expected, update)
+        assert np.array_equal(weights[parity::2], expected[parity::2])
+
+
+def test_without_the_mask_an_old_direction_goes_on_moving_what_is_not_trained():
+    """The broken variant."""
+    optimizer = ServerOptimizer.fresh("adam", learning_rate=0.1, momentum=0.9, dimension=5)
+    weights, optimizer = optimizer.apply(np.zeros(5, dtype=np.float32), UPDATES[0])
+    moved, _ = optimizer.apply(weights, np.zeros(5))
+    assert (moved != weights).all()
