@@ -84,7 +84,9 @@ class Subject:
 
     def endpoint_view(self, progress: Progress) -> ServedView:
         """For an attacker who may ask; computed in process, by the code that serves."""
-        return ServedView(self.models, SteeringRule.of(self.config.proxy), progress)
+        return ServedView(
+            self.models, SteeringRule.of(self.config.proxy, responses=self.config.data.has_prompts), progress
+        )
 
 
 class AdapterView:

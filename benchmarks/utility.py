@@ -38,7 +38,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from utility_ceiling import CEILINGS, EVALUATION_RECORDS, compute, find, tokenizer_of
-from utility_data import NAMES, data_settings, load_records
+from utility_data import NAMES, Records, data_settings, load_records
 
 from fedpt_secure.cli.progress import shown_on
 from fedpt_secure.cli.quiet import quiet_libraries
@@ -54,14 +54,17 @@ from fedpt_secure.report import summarise
 FULL_MINUTES = 30.0
 RESAMPLES = 5000
 RECIPE: dict[str, Any] = {
-    "privacy": {"mode": "distributed", "sampling_rate": 0.1},
-    "federation": {"rounds": 30},
-    "training": {"server_learning_rate": 0.03, "sampled_positions": 32},
+    "privacy": {"mode": "distributed"},
+    "federation": {"rounds": 10},
+    "training": {"server_learning_rate": 0.05, "sampled_positions": 32},
     "models": {"activation_cache_mb": 1024},
 }
+MOST_CLIENTS = 64
+"""Of a round: what a simulated round of secure aggregation costs grows with them."""
+RECORDS_A_ROUND = 900
+"""Expected number in a round's sum; the sampling rate follows from it and the (public) number of records."""
 SURVIVING = 0.9
-"""Every round asks all clients, and is aborted where fewer than this share answer: their noise suffices (nobody drops
-here)."""
+"""A round is aborted where fewer than this share answer, so that the noise of so many suffices (nobody drops here)."""
 Losses = npt.NDArray[np.float64]
 
 
@@ -100,7 +103,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         evaluation_records=config.evaluation.records,
         context_length=config.models.context_length,
     )
-    config = with_everybody(config, records.clients)
+    config = for_records(config, records)
     with tempfile.TemporaryDirectory() as temporary:
         path = options.run or Path(temporary) / "run"
         resumed = path.exists()
@@ -150,13 +153,20 @@ def configuration(options: argparse.Namespace) -> RunConfig:
     return build(RunConfig, settings)
 
 
-def with_everybody(config: RunConfig, clients: int) -> RunConfig:
-    """The configuration with cohorts of all clients, where it does not say otherwise."""
-    federation = config.federation
-    cohort = federation.cohort or clients
+def for_records(config: RunConfig, records: Records) -> RunConfig:
+    """The configuration with the cohort, its survivors and the rate that suit the data, where it does not say them."""
+    federation, privacy = config.federation, config.privacy
+    cohort = federation.cohort or min(records.clients, MOST_CLIENTS)
     least = federation.minimum_survivors or math.ceil(SURVIVING * cohort)
-    changed = federation.model_copy(update={"cohort": cohort, "minimum_survivors": least})
-    return config.model_copy(update={"federation": changed})
+    rate = privacy.sampling_rate
+    if "sampling_rate" not in privacy.model_fields_set:
+        rate = min(1.0, round(RECORDS_A_ROUND * records.clients / (cohort * len(records.train)), 3))
+    return config.model_copy(
+        update={
+            "federation": federation.model_copy(update={"cohort": cohort, "minimum_survivors": least}),
+            "privacy": privacy.model_copy(update={"sampling_rate": rate}),
+        }
+    )
 
 
 def gap_closed(

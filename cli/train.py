@@ -179,6 +179,7 @@ def train(
     """
     console = Console(stderr=True)
     with reported(console):
+        given_shares = parse_shares(shares)
         settings: dict[str, Any] = {
             "seed": seed,
             "insecure_deterministic": insecure_deterministic,
@@ -218,7 +219,12 @@ def train(
                 "aggregator": aggregator,
             },
             "training": {"local_steps": local_steps, "server_learning_rate": server_learning_rate},
-            "proxy": {"alpha": alpha, "shares": parse_shares(shares), "distill_steps": distill_steps},
+            "proxy": {
+                "alpha": alpha,
+                "shares": given_shares,
+                "response_shares": given_shares,
+                "distill_steps": distill_steps,
+            },
             "evaluation": {"records": evaluation_records},
             "audit": {"canaries": canaries, "secrets": secrets, "record_server_view": record_server_view},
         }

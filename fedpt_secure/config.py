@@ -32,6 +32,10 @@ _SettingsType = TypeVar("_SettingsType", bound="Settings")
 SMALLEST_COHORT = 8
 """Clients that a default round sums at least, where there are so many."""
 
+TEXT_SHARES: Shares = ((0, 0.95), (1, 0.7), (2, 0.6), (4, 0.5), (8, 0.25), (16, 0.2), (64, 0.15))
+RESPONSE_SHARES: Shares = ((0, 0.5), (1, 0.1), (4, 0.2), (16, 0.1), (32, 0.05))
+"""How much of a steered prediction is the tuned small LM's own, by place; chosen on public text only (docs/LOG.md)."""
+
 SMALLEST_DELTA = 1e-12
 """The accountant truncates probability mass near 1e-15, so that it cannot tell much smaller deltas apart."""
 
@@ -98,6 +102,11 @@ class DataConfig(Settings):
     """Share of each client's records kept from training for the final report."""
     maximum_records: Count | None = None
     """Read no more than this many records from the source (quick trials)."""
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a record is a prompt with its response, not one text."""
+        return self.prompt_column is not None
 
     @model_validator(mode="after")
     def _pairs(self) -> DataConfig:
@@ -341,11 +350,13 @@ class TrainingConfig(Settings):
 class ProxyConfig(Settings):
     """How the tuned small LM steers the black box, and FedPT's distillation between rounds."""
 
-    alpha: Alpha = 0.75
+    alpha: Alpha = 0.5
     """Weight of the small LM's shift; the default was chosen on public text only (docs/LOG.md)."""
-    shares: _Shares = ()
+    shares: _Shares = TEXT_SHARES
     """Pairs `[from_place, share]`: from that place of a record's text on, the tuned small LM's own prediction has this
     share of the steered one (`proxy.steering`). Public constants, like alpha."""
+    response_shares: _Shares = RESPONSE_SHARES
+    """The same for responses to a prompt, which the large model has read, so that it needs the small one less."""
     distill_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of distillation on public text after each round; 0 switches it off."""
     distill_learning_rate: Positive = 1e-3

@@ -107,6 +107,14 @@ def test_a_settings_file_that_cannot_be_read_is_named(tmp_path):
             read_settings(path)
 
 
+def test_texts_and_responses_have_shares_of_their_own_by_default():
+    """The large model has read a prompt before a response and nothing before a text."""
+    proxy = build(RunConfig, {}).proxy
+    assert proxy.shares[0][1] > proxy.response_shares[0][1] > 0
+    assert not build(RunConfig, {}).data.has_prompts
+    assert build(RunConfig, {"data": {"prompt_column": "q", "response_column": "a"}}).data.has_prompts
+
+
 def test_shares_survive_their_file_and_are_checked_by_name(tmp_path):
     config = build(RunConfig, {"proxy": {"shares": [[0, 1], [1, 0.25]]}})
     assert config.proxy.shares == ((0, 1.0), (1, 0.25))

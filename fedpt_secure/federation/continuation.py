@@ -57,9 +57,10 @@ def continuations(
         template = PairTemplate.of(tokenizer)
         ids = [tokenizer.separator_id, *template.opening, *tokenizer.ids(prompt), *template.turn]
         first_place = 0
+    of_run = SteeringRule.of(config.proxy, responses=chat)
     rule = SteeringRule(
-        alpha=config.proxy.alpha if alpha is None else alpha,
-        shares=config.proxy.shares if shares is None else shares,
+        alpha=of_run.alpha if alpha is None else alpha,
+        shares=of_run.shares if shares is None else shares,
     )
     if rule.blends and not models.shows_logprobs:
         progress.note("the API shows no log-probabilities: steering by alpha alone, without the small LM's own share")

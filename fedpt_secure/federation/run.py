@@ -170,7 +170,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
         large_examples(held_out_sample(text, config), models, config),
         models.black_box(progress),
         models.pair,
-        rules=[SteeringRule.of(config.proxy)],
+        rules=[SteeringRule.of(config.proxy, responses=config.data.has_prompts)],
         progress=progress,
     )
     state.add_seconds("evaluation", time.perf_counter() - began)

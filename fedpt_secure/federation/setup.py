@@ -103,7 +103,7 @@ class RunModels:
         report = distil(
             self.small.model,
             self._answers,
-            rule=SteeringRule.of(config.proxy),
+            rule=SteeringRule.of(config.proxy, responses=False),
             steps=config.proxy.distill_steps,
             learning_rate=config.proxy.distill_learning_rate,
             temperature=config.proxy.distill_temperature,

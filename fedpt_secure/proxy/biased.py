@@ -80,7 +80,7 @@ def generate_biased(
     if settings.rule.blends:
         raise ConfigError(
             "a blend with the tuned small LM needs the large LM's log-probabilities, which this API does not show",
-            hint="steer by alpha alone (proxy.shares empty)",
+            hint="steer by alpha alone: --shares none",
         )
     steering = settings.rule.needs_the_small_lm
     if steering and small is None:

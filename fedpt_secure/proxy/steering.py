@@ -67,9 +67,9 @@ class SteeringRule:
             raise ConfigError(f"shares: {error}") from None
 
     @classmethod
-    def of(cls, settings: ProxyConfig) -> SteeringRule:
-        """The rule that a run's settings describe."""
-        return cls(alpha=settings.alpha, shares=settings.shares)
+    def of(cls, settings: ProxyConfig, *, responses: bool) -> SteeringRule:
+        """The rule that a run's settings describe, for texts or for responses to a prompt."""
+        return cls(alpha=settings.alpha, shares=settings.response_shares if responses else settings.shares)
 
     @property
     def needs_the_small_lm(self) -> bool:

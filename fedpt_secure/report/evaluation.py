@@ -87,7 +87,8 @@ def evaluate_run(directory: RunDirectory, asked: EvaluateConfig, *, cache: Cache
         FedptError: text or models cannot be loaded, a model misbehaves, or the ceiling cannot be trained.
     """
     run = open_finished(directory, cache=cache, progress=progress)
-    config, rule = run.config, SteeringRule.of(run.config.proxy)
+    config = run.config
+    rule = SteeringRule.of(config.proxy, responses=config.data.has_prompts)
     records = held_out_sample(run.text, config, records=asked.records)
     examples = large_examples(records, run.models, config)
     ceiling = _ceiling(run, asked, cache, progress) if asked.ceiling else None
@@ -112,7 +113,7 @@ def evaluate_run(directory: RunDirectory, asked: EvaluateConfig, *, cache: Cache
         "privacy": {key: privacy[key] for key in ("claim", "epsilon", "delta", "unit")},
         **content,
         "alpha": config.proxy.alpha,
-        "shares": [list(entry) for entry in config.proxy.shares],
+        "shares": [list(entry) for entry in rule.shares],
         "run": {
             "rounds": config.federation.rounds,
             "mode": config.privacy.mode,
@@ -164,7 +165,7 @@ def _responses(
     arms: dict[str, tuple[BlackBoxLM, SmallPair | None, SteeringRule]] = {
         "large_base": (black_box, None, ALONE),
         "small_tuned": (black_box, run.models.pair, SMALL_ALONE),
-        "proxy_tuned": (black_box, run.models.pair, SteeringRule.of(run.config.proxy)),
+        "proxy_tuned": (black_box, run.models.pair, SteeringRule.of(run.config.proxy, responses=True)),
     }
     if tuned_directly is not None:
         arms["large_tuned"] = (tuned_directly, None, ALONE)

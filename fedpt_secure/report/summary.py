@@ -30,18 +30,19 @@ _PACKAGES = ("torch", "transformers", "peft", "opacus", "PyNaCl", "cryptography"
 def summarise(result: RunResult) -> dict[str, Any]:
     """Everything a reader compares, as JSON values; a number too large for JSON is null."""
     config, evaluation = result.config, result.evaluation
+    rule = SteeringRule.of(config.proxy, responses=config.data.has_prompts)
     transcripts = result.transcripts
     return {
         "schema": SCHEMA,
         "private": result.statement.private,
         **utility(
             evaluation,
-            rule=SteeringRule.of(config.proxy),
+            rule=rule,
             seed=config.seed,
             resamples=config.evaluation.bootstrap_samples,
         ),
         "alpha": config.proxy.alpha,
-        "shares": [list(entry) for entry in config.proxy.shares],
+        "shares": [list(entry) for entry in rule.shares],
         "privacy": privacy_document(result.statement, result.aggregation),
         "data": {
             "name": result.text.name,

@@ -190,7 +190,7 @@ class _Application:
             Job(
                 prompt=prompt.ids,
                 arm=arm,
-                rule=run.rule_at(wanted.alpha),
+                rule=run.rule_at(wanted.alpha, prompt),
                 first_place=prompt.first_place,
                 max_new_tokens=wanted.max_tokens,
                 temperature=wanted.temperature,
@@ -262,7 +262,7 @@ class _Application:
             Job(
                 prompt=prompt.ids,
                 arm=arm,
-                rule=self._run.rule_at(wanted.alpha),
+                rule=self._run.rule_at(wanted.alpha, prompt),
                 first_place=prompt.first_place,
                 max_new_tokens=new_tokens,
                 temperature=1.0 if wanted.temperature is None else wanted.temperature,

@@ -28,6 +28,8 @@ class Prompt:
 
     ids: tuple[int, ...]
     first_place: int
+    response: bool
+    """Whether it is answered, as a prompt is, and not continued."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ServedRun:
     """What the HTTP side needs of a run.
 
     Attributes:
-        rule: how the run steers.
+        rule: how the run steers texts that are continued; response_rule: how responses to a prompt.
         created: when the run was finished, seconds since 1970.
         privacy: the content of `privacy.json`; None for a run that has not been finished.
         engine: computes; used by one thread.
@@ -46,6 +48,7 @@ class ServedRun:
     """
 
     rule: SteeringRule
+    response_rule: SteeringRule
     created: int
     privacy: dict[str, Any] | None
     engine: Engine
@@ -54,14 +57,15 @@ class ServedRun:
     chat: ChatFormat | None
     vocabulary_size: int
 
-    def rule_at(self, alpha: float | None) -> SteeringRule:
-        """The run's rule, with another weight of the shift where one is given."""
-        return self.rule if alpha is None else replace(self.rule, alpha=alpha)
+    def rule_at(self, alpha: float | None, prompt: Prompt) -> SteeringRule:
+        """The run's rule for such a prompt, with another weight of the shift where one is given."""
+        rule = self.response_rule if prompt.response else self.rule
+        return rule if alpha is None else replace(rule, alpha=alpha)
 
     def text_prompt(self, prompt: str) -> Prompt:
         """A plain text to continue, opened by the separator as in training."""
         ids = self.tokenizer.ids(prompt)
-        return Prompt((self.tokenizer.separator_id, *ids), first_place=len(ids))
+        return Prompt((self.tokenizer.separator_id, *ids), first_place=len(ids), response=False)
 
     def id_prompt(self, prompt: Sequence[int]) -> Prompt:
         """Token ids of the caller's, as they are; a separator in front does not count as text.
@@ -76,7 +80,8 @@ class ServedRun:
                 raise ApiError(
                     400, f"{token} is not one of the model's {self.vocabulary_size} token ids", param="prompt"
                 )
-        return Prompt(tuple(prompt), first_place=len(prompt) - (prompt[0] == self.tokenizer.separator_id))
+        first_place = len(prompt) - (prompt[0] == self.tokenizer.separator_id)
+        return Prompt(tuple(prompt), first_place=first_place, response=False)
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
         """A conversation in the large model's own chat format.
@@ -87,7 +92,7 @@ class ServedRun:
         """
         if self.chat is None:
             raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
-        return Prompt(tuple(self.chat.ids(messages)), first_place=0)
+        return Prompt(tuple(self.chat.ids(messages)), first_place=0, response=True)
 
 
 ARM_SUFFIXES: dict[str, Arm] = {"": "proxied", ":large": "large", ":small": "small"}
@@ -125,7 +130,8 @@ def load_run(directory: RunDirectory, *, cache: Cache, progress: Progress) -> Se
     spelling.no_padding()
     privacy_path = directory.path / "privacy.json"
     return ServedRun(
-        rule=SteeringRule.of(config.proxy),
+        rule=SteeringRule.of(config.proxy, responses=False),
+        response_rule=SteeringRule.of(config.proxy, responses=True),
         created=int((directory.path / "checkpoint" / "state.safetensors").stat().st_mtime),
         privacy=directory.read_json(privacy_path) if privacy_path.exists() else None,
         engine=BatchEngine(black_box, models.pair),

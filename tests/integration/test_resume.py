@@ -200,5 +200,5 @@ def test_a_finished_run_resumes_to_the_same_result_without_training(tiny_config,
     monkeypatch.setattr(ClientWorker, "announce", lambda *args: pytest.fail("trained again"))
     second = run_training(tiny_config, directory, cache=Cache(tmp_path / "cache"), progress=SILENT)
     assert first.statement == second.statement
-    rule = SteeringRule.of(tiny_config.proxy)
+    rule = SteeringRule.of(tiny_config.proxy, responses=False)
     assert (first.evaluation.proxy_tuned[rule] == second.evaluation.proxy_tuned[rule]).all()

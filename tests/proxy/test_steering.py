@@ -225,6 +225,7 @@ def test_places_widths_and_predictions_that_cannot_be_are_refused():
 
 
 def test_a_runs_settings_become_its_rule():
-    assert SteeringRule.of(ProxyConfig(alpha=0.4, shares=((0, 1.0), (1, 0.2)))) == SteeringRule(
-        0.4, ((0, 1.0), (1, 0.2))
-    )
+    texts, responses = ((0, 1.0), (1, 0.2)), ((0, 0.3),)
+    settings = ProxyConfig(alpha=0.4, shares=texts, response_shares=responses)
+    assert SteeringRule.of(settings, responses=False) == SteeringRule(0.4, texts)
+    assert SteeringRule.of(settings, responses=True) == SteeringRule(0.4, responses)

@@ -89,6 +89,7 @@ def make_run(large, pair, spelling, text_tokenizer, tmp_path_factory):
     def make(engine=None) -> ServedRun:
         return ServedRun(
             rule=SteeringRule(alpha=0.75),
+            response_rule=SteeringRule(alpha=0.5, shares=((0, 0.6), (2, 0.1))),
             created=1_700_000_000,
             privacy={"schema": "fedpt-secure/privacy/2", "private": True, "epsilon": 4.0, "claim": "epsilon <= 4"},
             engine=engine or BatchEngine(large, pair),

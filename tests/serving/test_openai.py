@@ -14,8 +14,8 @@ from fedpt_secure.proxy import DecodingSettings, SteeringRule, generate
 PROMPT = "hey, how was your day"
 
 
-def reference(large, pair, ids, *, alpha, tokens, temperature=0.0, seed=0):
-    settings = DecodingSettings(rule=SteeringRule(alpha=alpha), max_new_tokens=tokens, temperature=temperature)
+def reference(large, pair, ids, *, alpha, tokens, temperature=0.0, seed=0, shares=()):
+    settings = DecodingSettings(rule=SteeringRule(alpha, shares), max_new_tokens=tokens, temperature=temperature)
     return list(generate(large, pair, ids, settings, np.random.default_rng(seed), first_place=0))
 
 
@@ -78,7 +78,7 @@ def test_a_chat_is_the_template_encoded_and_streams_alike(client, large, pair, s
     spelt = f"<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
     ids = spelling.encode(spelt, add_special_tokens=False).ids
     whole = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=10, temperature=0)
-    expected = text_tokenizer.text(reference(large, pair, ids, alpha=0.75, tokens=10))
+    expected = text_tokenizer.text(reference(large, pair, ids, alpha=0.5, tokens=10, shares=((0, 0.6), (2, 0.1))))
     assert whole.choices[0].message.content == expected
     assert whole.choices[0].message.role == "assistant"
     assert whole.usage.prompt_tokens == len(ids)
