@@ -15,7 +15,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ HELD_OUT_AUTHORS = ("Philip K. Dick", "Edith Nesbit", "Nellie Bly", "Charles Dar
 HELD_OUT_SHARD_PERIOD, HELD_OUT_SHARD_RESIDUE = 10, 3
 
 LOWERCASED_SHARE = 0.10
-_TYPOGRAPHY = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " "})
+TYPOGRAPHY = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " "})
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Stream:
     top_logprobs: np.ndarray | None = None
 
 
-def _draw(key: str) -> float:
+def draw(key: str) -> float:
     """A number in [0, 1) that depends on `key` alone: the same text is always treated the same way."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
-def book_paragraphs(path: Path, authors: Sequence[str] | None) -> Iterator[str]:
+def book_paragraphs(path: Path, authors: Sequence[str] | None, share: float = 1.0) -> Iterator[str]:
     """Yield cleaned paragraphs, each ending in its own line break.
 
     The header (up to the dashed line) is cut, typographic quotes become ASCII as people type them, and line breaks
@@ -71,6 +71,7 @@ def book_paragraphs(path: Path, authors: Sequence[str] | None) -> Iterator[str]:
     Args:
         path: the gzip-compressed JSON lines.
         authors: only these; None takes everyone but the excluded, rehearsal and held-out authors.
+        share: of the books, drawn by title.
     """
     reserved = EXCLUDED_AUTHORS | set(REHEARSAL_AUTHORS) | set(HELD_OUT_AUTHORS)
     with gzip.open(path, "rt", encoding="utf-8") as lines:
@@ -78,14 +79,16 @@ def book_paragraphs(path: Path, authors: Sequence[str] | None) -> Iterator[str]:
             book = json.loads(line)
             if (book["author"] in reserved) if authors is None else (book["author"] not in authors):
                 continue
-            text = book["text"].split("-------", 1)[-1].replace("\r\n", "\n").translate(_TYPOGRAPHY)
+            text = book["text"].split("-------", 1)[-1].replace("\r\n", "\n").translate(TYPOGRAPHY)
             title = f"{book['author']}/{book['title']}"
-            ending = "\n" if _draw(title) < 0.5 else "\n\n"
+            if draw(f"read/{title}") >= share:
+                continue
+            ending = "\n" if draw(title) < 0.5 else "\n\n"
             for index, paragraph in enumerate(re.split(r"\n\s*\n", text)):
                 plain = re.sub(r"\s+", " ", paragraph).strip()
                 if len(plain) < 2:
                     continue
-                if _draw(f"{title}/{index}") < LOWERCASED_SHARE:
+                if draw(f"{title}/{index}") < LOWERCASED_SHARE:
                     plain = plain.lower()
                 yield plain + ending
 
@@ -113,16 +116,23 @@ def tokenize(paragraphs: Iterator[str], tokenizer: Tokenizer) -> Stream:
     return Stream(np.concatenate(ids), np.asarray(starts, dtype=np.int64))
 
 
-def cached_books(path: Path, tokenizer: Tokenizer, cache: Path, name: str, authors: Sequence[str] | None) -> Stream:
-    """`tokenize(book_paragraphs(...))`, kept in `cache/books-NAME.safetensors`."""
-    target = cache / f"books-{name}.safetensors"
+def cached(target: Path, make: Callable[[], Stream]) -> Stream:
+    """`make()`, kept in the file `target`."""
     if not target.exists():
-        stream = tokenize(book_paragraphs(path, authors), tokenizer)
-        cache.mkdir(parents=True, exist_ok=True)
+        stream = make()
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".part")
         save_file({"ids": stream.ids, "starts": stream.starts}, partial)
         partial.replace(target)
     return Stream(**load_file(target))
+
+
+def cached_books(
+    path: Path, tokenizer: Tokenizer, cache: Path, name: str, authors: Sequence[str] | None, share: float = 1.0
+) -> Stream:
+    """`tokenize(book_paragraphs(...))`, kept in `cache/books-NAME.safetensors`, or `books-NAME-SHARE` of a part."""
+    target = cache / (f"books-{name}.safetensors" if share >= 1 else f"books-{name}-{share:g}.safetensors")
+    return cached(target, lambda: tokenize(book_paragraphs(path, authors, share), tokenizer))
 
 
 def shard_paths(directory: Path, *, held_out: bool) -> list[Path]:
