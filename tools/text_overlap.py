@@ -198,7 +198,7 @@ def main() -> None:
         training[name] = distinct(source, hasher)
         print(f"{name}: {len(training[name]):,} distinct {NGRAM}-grams", file=sys.stderr, flush=True)
     if options.sketch:
-        kept = sketch(np.unique(np.concatenate(list(training.values()))))
+        kept = np.unique(np.concatenate([sketch(hashes) for hashes in training.values()]))
         options.sketch.parent.mkdir(parents=True, exist_ok=True)
         np.save(options.sketch, kept)
     rows = []

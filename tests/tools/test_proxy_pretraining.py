@@ -26,6 +26,11 @@ def training(corpus):
     return importlib.import_module("proxy_training")
 
 
+@pytest.fixture(scope="module")
+def exporting(corpus):
+    return importlib.import_module("proxy_export")
+
+
 @pytest.fixture
 def batch(training):
     torch.manual_seed(3)
@@ -133,6 +138,57 @@ def test_reserved_authors_never_reach_the_training_text(corpus, tmp_path):
     text = "".join(corpus.book_paragraphs(path, None)).lower()
     assert "somebody else" in text
     assert not any(author.lower() in text for author in reserved)
+
+
+def test_a_share_of_the_books_is_whole_books_and_the_same_ones_each_time(corpus, tmp_path):
+    import gzip
+    import json
+
+    path = tmp_path / "books.jsonl.gz"
+    with gzip.open(path, "wt") as lines:
+        for index in range(200):
+            book = {
+                "author": "Somebody",
+                "title": f"t{index}",
+                "text": f"-------\nbook {index} one\n\nbook {index} two",
+            }
+            lines.write(json.dumps(book) + "\n")
+
+    def books(share):
+        found = [paragraph.lower().split()[1] for paragraph in corpus.book_paragraphs(path, None, share)]
+        assert all(found.count(index) == 2 for index in found)
+        return set(found)
+
+    assert len(books(1.0)) == 200
+    assert 30 < len(books(0.25)) < 70  # 50 expected, 6 the standard deviation
+    assert books(0.25) <= books(0.5)
+
+
+def test_card_names_packages_losses_and_the_weights_continued_from(exporting, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    facts = {
+        "parameters": 12_000_000, "vocabulary": 8192, "tokens_seen": 7_100_000, "books_sha256": "b" * 64,
+        "generated_shards": {"training": 82, "held_out": 9},
+        "held_out_loss": {"books": 4.25, "modern": 3.73}, "held_out_unknown_share": {"books": 0.1, "modern": 0.05},
+        "continued_from": {"model_sha256": "c" * 64, "tokens_seen": 6_000_000, "weight": 0.4,
+                           "held_out_loss": {"books": 4.246, "modern": 4.686}},
+    }  # fmt: skip
+    log = [{"options": {"seed": "1", "lr": "0.0012", "start": "x"}}, {"tokens": 1_100_000, "held_out_books": 4.353}]
+    exporting.write_card(tmp_path, facts, log)
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "| books | 4.250 | 4.246 | 10.0% |" in card
+    assert "| modern | 3.730 | 4.686 | 5.0% |" in card
+    assert f"weights `{'c' * 64}` (6.00 M tokens), of which 40% was kept" in card
+    assert "lr 0.0012" in card
+    assert "start x" not in card
+    for source in exporting.SOURCES.values():
+        assert f"`{source.package}` ({source.registry}) | {source.licence}" in card
+
+
+def test_public_text_reads_back_as_it_was_written(exporting, tmp_path):
+    records = ["one\n\ntwo", "three", " %four "]
+    exporting.write_public_text(records, tmp_path)
+    assert list(exporting.public_records(tmp_path)) == records
 
 
 def test_held_out_shards_are_disjoint_from_training_shards(corpus, tmp_path):
