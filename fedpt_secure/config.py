@@ -519,6 +519,15 @@ class GenerateConfig(Settings):
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
     """0 takes the most likely token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the fewest most likely tokens with this mass."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from this many most likely tokens; 0 for all."""
+    repetition_penalty: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] = 1.0
+    """Factor on the log-probabilities of tokens that were there before."""
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=16, strict=False)] = ()
+    """Strings that end the continuation, which does not hold them."""
+    speculate: bool = False
+    """Guess several tokens per call of the large LM; the output's distribution stays the same."""
     seed: Seed = 0
     """Of the sampling; the choice of a token is no secret."""
 

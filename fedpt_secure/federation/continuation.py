@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator, Sequence
 
 from fedpt_secure.config import Shares
 from fedpt_secure.data import Cache
 from fedpt_secure.data.examples import PairTemplate
+from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.errors import ConfigError, RunDirectoryError
 from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.setup import load_models
 from fedpt_secure.federation.state import released_adapter
 from fedpt_secure.progress import Progress
-from fedpt_secure.proxy import DecodingSettings, SteeringRule, generate_biased
-from fedpt_secure.proxy import generate as decode
+from fedpt_secure.proxy import (
+    BlackBoxLM,
+    DecodingEngine,
+    DecodingSettings,
+    Request,
+    SmallPair,
+    Speculation,
+    SteeringRule,
+    generate_biased,
+)
 
 
 def continuations(
@@ -29,6 +38,10 @@ def continuations(
     seed: int,
     cache: Cache,
     progress: Progress,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    speculate: bool = False,
 ) -> dict[str, str]:
     """The black box's own continuation (`base`) and the proxy-tuned one (`proxy_tuned`).
 
@@ -37,10 +50,14 @@ def continuations(
         alpha: weight of the shift; None for the run's.
         shares: the tuned small LM's own share by place; None for the run's.
         seed: of the sampling, where the temperature is not 0; the choice of a token is no secret.
+        top_k, repetition_penalty, stop: as in `DecodingSettings`.
+        speculate: guess several tokens per call of the large model.
 
     Raises:
         RunDirectoryError: the run has no checkpoint yet.
-        ConfigError: an empty prompt, or a decoding setting out of its range.
+        ConfigError: an empty prompt, a decoding setting out of its range, or one that an API without
+            log-probabilities cannot follow.
+        BlackBoxError: speculation, and the black box cannot score several tokens in one call.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty", hint='fedpt-secure generate --run RUN "hey, how was"')
@@ -67,18 +84,30 @@ def continuations(
         rule = SteeringRule(alpha=rule.alpha)
     texts = {}
     for name, steering in (("base", SteeringRule(alpha=0.0)), ("proxy_tuned", rule)):
-        settings = DecodingSettings(rule=steering, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-        tokens = []
+        settings = DecodingSettings(
+            rule=steering,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop),
+            seed=seed,
+        )
+        request = Request(prompt=tuple(ids), settings=settings, first_place=first_place)
         with progress.task(f"decoding ({name})", max_new_tokens, unit="tokens") as task:
             if models.source is not None and not models.shows_logprobs:
-                stream = generate_biased(models.source, models.pair, ids, settings)
-            else:
-                rng = np.random.default_rng(seed)
-                stream = decode(models.black_box(progress), models.pair, ids, settings, rng, first_place=first_place)
-            for token in stream:
-                tokens.append(token)
+                _require_what_a_bias_can_do(settings, speculate=speculate)
+                tokens = []
+                for token in generate_biased(models.source, models.pair, ids, settings):
+                    tokens.append(token)
+                    task.advance()
+                texts[name] = tokenizer.text(tokens)
+                continue
+            texts[name] = ""
+            for piece in _pieces(models.black_box(progress), models.pair, request, tokenizer, speculate=speculate):
+                texts[name] += piece
                 task.advance()
-        texts[name] = tokenizer.text(tokens)
     if models.source is not None:
         usage = models.source.usage
         progress.note(
@@ -86,3 +115,24 @@ def continuations(
             f" {usage.bytes_sent:,} bytes"
         )
     return texts
+
+
+def _pieces(
+    black_box: BlackBoxLM, pair: SmallPair, request: Request, tokenizer: TextTokenizer, *, speculate: bool
+) -> Iterator[str]:
+    """The text that became certain with each token."""
+    speculation = Speculation() if speculate else None
+    engine = DecodingEngine(black_box, pair, decode=tokenizer.text, speculation=speculation, largest_batch=1)
+    try:
+        yield from (event.text for event in engine.run([request]))
+    finally:
+        engine.close()
+
+
+def _require_what_a_bias_can_do(settings: DecodingSettings, *, speculate: bool) -> None:
+    if settings.top_k or settings.repetition_penalty != 1 or settings.stop or speculate:
+        raise ConfigError(
+            "this API shows no log-probabilities and samples by itself: top_k, repetition_penalty, stop and speculation"
+            " cannot be had there",
+            hint="leave them out, or use an API with log-probabilities",
+        )

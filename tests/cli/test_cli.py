@@ -128,6 +128,12 @@ def test_generate_shows_both_continuations(arguments, tmp_path):
     texts = json.loads(invoke(*command, "--json").stdout)
     assert set(texts) == {"prompt", "base", "proxy_tuned"}
     assert "NOT PRIVATE" not in shown.stderr
+    assert json.loads(invoke(*command, "--json", "--speculate").stdout) == texts
+    cut = texts["proxy_tuned"][2:4]
+    options = ("--json", "--stop", cut, "--stop", "never said", "--speculate")
+    assert json.loads(invoke(*command, *options).stdout)["proxy_tuned"] == texts["proxy_tuned"].split(cut)[0]
+    options = ("--json", "--repetition-penalty", 10, "--top-k", 3, "--temperature", 0.5, "--seed", 4)
+    assert json.loads(invoke(*command, *options).stdout)["base"] != texts["base"]
 
 
 def test_the_shares_of_train_are_those_of_generate_unless_it_is_told_others(arguments, tmp_path):
@@ -182,6 +188,9 @@ def test_each_reason_why_a_run_is_not_private_is_said_in_red(settings, reasons):
         (("hey", "--temperature", "1e-300"), "temperature"),
         (("hey", "--temperature", "nan"), "temperature"),
         (("hey", "--top-p", "0"), "top_p"),
+        (("hey", "--top-k", "-1"), "top_k"),
+        (("hey", "--repetition-penalty", "0.5"), "repetition_penalty"),
+        (("hey", "--stop", ""), "stop"),
         (("hey", "--max-new-tokens", "0"), "max_new_tokens"),
     ],
 )
