@@ -10,8 +10,8 @@ faster of Transformers' own `generate` and this project's engine without a small
 process by default, because other work on the machine does not count there (one thread; `--clock wall` for a GPU).
 
 `tokens_per_call` counts every call of the large model, the one that reads the prompt included. It is reported for
-greedy decoding with both sources of drafts, and beside it for each source alone, with a repetition penalty, and
-sampled: greedy text of a small model repeats itself, and a lookup guesses repetitions well.
+greedy decoding with both sources of drafts, and with `--kinds` also for each source alone, with a repetition penalty,
+and sampled: greedy text of a small model repeats itself, and a lookup guesses repetitions well.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from fedpt_secure.proxy import (
     BlackBoxLM,
     DecodingEngine,
     DecodingSettings,
+    EngineCounts,
     Request,
     Speculation,
     SteeringRule,
@@ -57,19 +58,6 @@ Prompts = Sequence[tuple[int, ...]]
 
 
 @dataclass
-class Arm:
-    """One way to decode, and what it took so far."""
-
-    decode: Callable[[Prompts], int]
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-
-@dataclass
 class Calls:
     """Tokens and calls of the large model, per row."""
 
@@ -78,9 +66,30 @@ class Calls:
     drafted: int = 0
     accepted: int = 0
 
+    def add(self, counts: EngineCounts) -> None:
+        self.tokens += counts.tokens
+        self.calls += counts.row_calls
+        self.drafted += counts.drafted
+        self.accepted += counts.accepted
+
     @property
     def tokens_per_call(self) -> float:
         return self.tokens / self.calls
+
+
+@dataclass
+class Arm:
+    """One way to decode, and what it took so far."""
+
+    decode: Callable[[Prompts, int], int]
+    tokens: int = 0
+    seconds: float = 0.0
+    """Of prompt and continuation together."""
+    calls: Calls = field(default_factory=Calls)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
 
 
 @dataclass
@@ -92,25 +101,28 @@ class Bench:
     rule: SteeringRule
     new_tokens: int
     clock: Callable[[], float]
-    calls: dict[str, Calls] = field(default_factory=dict)
 
     def engine_arm(self, rule: SteeringRule, speculation: Speculation | None = None, **changes: Any) -> Arm:
-        def decode(prompts: Prompts) -> int:
+        arm = Arm(lambda prompts, new_tokens: 0)
+
+        def decode(prompts: Prompts, new_tokens: int) -> int:
             small = self.models.pair if rule.needs_the_small_lm else None
             engine = DecodingEngine(self.black_box, small, speculation=speculation)
-            wanted = DecodingSettings(rule=rule, max_new_tokens=self.new_tokens, **changes)
+            wanted = DecodingSettings(rule=rule, max_new_tokens=new_tokens, **changes)
             some = [Request(prompt=prompt, settings=wanted, first_place=len(prompt) - 1) for prompt in prompts]
             tokens = sum(1 for _ in engine.run(some))
             engine.close()
+            arm.calls.add(engine.counts)
             return tokens
 
-        return Arm(decode)
+        arm.decode = decode
+        return arm
 
     def transformers_arm(self) -> Arm:
         model = load_causal_lm(self.models.weights.path, torch.float32).eval()
         ends = list(self.black_box.vocabulary.end_ids)
 
-        def decode(prompts: Prompts) -> int:
+        def decode(prompts: Prompts, new_tokens: int) -> int:
             longest = max(map(len, prompts))
             ids = torch.tensor([[ends[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
             mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -118,7 +130,7 @@ class Bench:
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=mask,
-                    max_new_tokens=self.new_tokens,
+                    max_new_tokens=new_tokens,
                     do_sample=False,
                     eos_token_id=ends,
                     pad_token_id=ends[0],
@@ -132,13 +144,15 @@ class Bench:
 
     def time_in_turn(self, arms: dict[str, Arm], batches: Sequence[Prompts], say: Callable[[str], None]) -> None:
         for arm in arms.values():
-            arm.decode([prompt[:2] for prompt in batches[0]])  # warm-up, not counted
+            arm.decode([prompt[:2] for prompt in batches[0]], 2)  # warm-up, not counted
+            arm.calls = Calls()
         for index, prompts in enumerate(batches):
             for arm in arms.values():
                 begin = self.clock()
-                arm.tokens += arm.decode(prompts)
+                arm.tokens += arm.decode(prompts, self.new_tokens)
                 arm.seconds += self.clock() - begin
-            say(f"batch {index + 1}/{len(batches)} of {len(prompts)}")
+            rates = ", ".join(f"{name} {arm.tokens_per_second:.2f}" for name, arm in arms.items())
+            say(f"batch {index + 1}/{len(batches)} of {len(prompts)}, tokens/s so far: {rates}")
 
     def count_calls(self, prompts: Prompts, speculation: Speculation, **changes: Any) -> Calls:
         counted = Calls()
@@ -146,10 +160,7 @@ class Bench:
             engine = DecodingEngine(self.black_box, self.models.pair, speculation=speculation)
             wanted = DecodingSettings(rule=self.rule, max_new_tokens=self.new_tokens, seed=seed, **changes)
             list(engine.run([Request(prompt=prompt, settings=wanted, first_place=len(prompt) - 1)]))
-            counted.tokens += engine.counts.tokens
-            counted.calls += engine.counts.row_calls
-            counted.drafted += engine.counts.drafted
-            counted.accepted += engine.counts.accepted
+            counted.add(engine.counts)
         return counted
 
 
@@ -182,7 +193,9 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     models = load_models(config, cache=Cache(), progress=SILENT)
     models.small.load_adapter_vector(released_adapter(checkpoint, config))
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    bench = Bench(models, models.black_box(SILENT), SteeringRule.of(config.proxy), options.new_tokens, clock)
+    bench = Bench(
+        models, models.black_box(SILENT), SteeringRule.of(config.proxy, responses=False), options.new_tokens, clock
+    )
     prompts = held_out_prompts(directory, models.tokenizer, max(options.prompts, 8), options.prompt_tokens)
     found: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
@@ -199,7 +212,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         (8, [prompts[:8]] * options.repeats),
     ):
         arms = {
-            "transformers": replace(plain),
+            "transformers": Arm(plain.decode),
             "engine_alone": bench.engine_arm(ALONE),
             "proxied": bench.engine_arm(bench.rule),
             "speculative": bench.engine_arm(bench.rule, guess),
@@ -208,20 +221,23 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         alone = max(arms["transformers"].tokens_per_second, arms["engine_alone"].tokens_per_second)
         found[f"local_ratio_batch{size}"] = arms["proxied"].tokens_per_second / alone
         found[f"local_speculative_ratio_batch{size}"] = arms["speculative"].tokens_per_second / alone
+        calls = arms["speculative"].calls
+        found[f"tokens_per_call_batch{size}"] = calls.tokens_per_call
+        found[f"accepted_batch{size}"] = calls.accepted / max(calls.drafted, 1)
+        say(json.dumps(found))
         found[f"local_tokens_per_second_batch{size}"] = {name: arm.tokens_per_second for name, arm in arms.items()}
     chosen = prompts[: options.prompts]
+    found["tokens_per_call"] = found["tokens_per_call_batch1"]
     kinds: dict[str, tuple[Speculation, dict[str, Any]]] = {
-        "greedy": (guess, {}),
         "greedy_small_only": (replace(guess, lookup=False), {}),
         "greedy_lookup_only": (replace(guess, small=False), {}),
         "greedy_penalty_1.3": (guess, {"repetition_penalty": 1.3}),
         "sampled_temperature_1": (guess, {"temperature": 1.0}),
     }
     counted = {}
-    for name, (speculation, changes) in kinds.items():
+    for name, (speculation, changes) in kinds.items() if options.kinds else ():
         counted[name] = bench.count_calls(chosen, speculation, **changes)
-        say(f"calls, {name}")
-    found["tokens_per_call"] = counted["greedy"].tokens_per_call
+        say(f"tokens per call, {name}: {counted[name].tokens_per_call:.2f}")
     found["tokens_per_call_by_kind"] = {name: calls.tokens_per_call for name, calls in counted.items()}
     found["accepted_by_kind"] = {name: calls.accepted / max(calls.drafted, 1) for name, calls in counted.items()}
     if options.server:
@@ -244,7 +260,7 @@ def measure_server(
         clock=time.perf_counter,
     )
 
-    def own(some: Prompts) -> int:
+    def own(some: Prompts, new_tokens: int) -> int:
         """The server's own greedy decoding, each prompt one request."""
         import httpx
 
@@ -252,7 +268,7 @@ def measure_server(
         for prompt in some:
             body = {
                 "prompt": list(prompt),
-                "n_predict": options.new_tokens,
+                "n_predict": new_tokens,
                 "temperature": 0.0,
                 "repeat_penalty": 1.0,
                 "cache_prompt": True,
@@ -298,6 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--server-prompts", type=int, default=4)
     parser.add_argument("--top-k", type=int, default=1000, help="log-probabilities asked of the server per position")
+    parser.add_argument(
+        "--kinds", action="store_true", help="tokens per call of other ways to guess and to sample, too"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     error_console = Console(stderr=True)
