@@ -263,6 +263,8 @@ class Tier(Settings):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     share: Annotated[float, Field(gt=0, le=1)]
     """Of the clients (simulation); the shares of all tiers add up to 1."""
+    memory_mb: Count | None = None
+    """What training may take beyond the program itself; a run that would take more is refused before it starts."""
     rank: Count | None = None
     """Columns of every B that it trains, the first ones; default: all of `lora.rank`."""
     layers: Count | None = None

@@ -28,7 +28,7 @@ from fedpt_secure.federation.schedule import cohort_schedule, participations
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.federation.setup import RunModels, load_models
 from fedpt_secure.federation.state import RunState, restore, save
-from fedpt_secure.federation.tiers import TrainingPlan
+from fedpt_secure.federation.tiers import TrainingPlan, require_memory
 from fedpt_secure.privacy import (
     GaussianSteps,
     PrivacyStatement,
@@ -99,6 +99,7 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
     if models.source is not None:
         models.black_box(progress)  # an API that cannot be evaluated is missed now, not after the last round
     train = training_examples(text, models, config)
+    require_memory(config, small)
     plan = TrainingPlan.of(config, text.client_ids, small.adapted_layers)
     mechanism = build_mechanism(config, noise_multiplier=noise_multiplier, dimension=small.dimension)
     state = restore(directory, config, text, small)

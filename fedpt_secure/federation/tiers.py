@@ -23,6 +23,7 @@ import numpy.typing as npt
 from fedpt_secure.config import RunConfig, Tier
 from fedpt_secure.data.simulation import simulation_rng
 from fedpt_secure.errors import ConfigError
+from fedpt_secure.lm.memory import training_memory
 from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 
@@ -37,6 +38,27 @@ def declare_tiers(config: RunConfig, client_ids: Sequence[str]) -> dict[str, Tie
     ends = np.rint(np.cumsum([tier.share for tier in tiers]) * len(dealt)).astype(int)
     ends[-1] = len(dealt)
     return {client: tiers[int(np.searchsorted(ends, index, side="right"))] for index, client in enumerate(dealt)}
+
+
+def require_memory(config: RunConfig, small: SmallLM) -> None:
+    """Refuse a run that would pass the memory which a tier has declared.
+
+    Raises:
+        ConfigError: what the tier would train takes more, by an estimate from shapes.
+    """
+    for tier in config.federation.tiers:
+        if tier.memory_mb is None:
+            continue
+        # Under blocks of layers the lowest one counts, which takes as much as all of them.
+        layers = None if tier.layers is None else frozenset(small.adapted_layers[-tier.layers :])
+        memory = training_memory(small, TrainedPart(layers), context_length=config.models.context_length)
+        if memory.total > tier.memory_mb * 1_000_000:
+            raise ConfigError(
+                f"tier {tier.name!r} has {tier.memory_mb} MB, but its training takes {memory.total / 1e6:.0f} MB: "
+                f"weights {memory.weights / 1e6:.0f}, kept activations {memory.kept / 1e6:.0f}, backward pass "
+                f"{memory.backward / 1e6:.0f}, the rest {memory.working / 1e6:.0f}",
+                hint="a smaller models.activation_cache_mb, fewer layers, or a smaller models.context_length",
+            )
 
 
 @dataclass(frozen=True, slots=True)
