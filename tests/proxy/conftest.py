@@ -316,7 +316,7 @@ def api_server() -> Iterator[Callable[..., ApiServer]]:
 def impatient() -> TransportSettings:
     """Retries at once and gives up soon."""
     return TransportSettings(
-        connect_timeout_s=2, read_timeout_s=0.3, total_timeout_s=0.6, attempts=2, first_backoff_s=0.01, longest_wait_s=2
+        connect_timeout_s=2, read_timeout_s=0.7, total_timeout_s=1.0, attempts=2, first_backoff_s=0.01, longest_wait_s=2
     )
 
 

@@ -156,7 +156,7 @@ def status(code, **headers):
 
 
 def hangs(handler):
-    time.sleep(0.5)
+    time.sleep(1.0)
     return True
 
 
@@ -164,7 +164,7 @@ def drips(handler):
     handler.send_response(200)
     handler.send_header("Content-Length", "20000")
     handler.end_headers()
-    for _ in range(30):
+    for _ in range(200):  # ten seconds, unless the client hangs up
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.05)
@@ -172,7 +172,7 @@ def drips(handler):
 
 
 def drips_headers(handler):
-    for _ in range(30):
+    for _ in range(200):  # ten seconds, unless the client hangs up
         handler.wfile.write(b"H")
         handler.wfile.flush()
         time.sleep(0.05)
@@ -212,8 +212,17 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("dialect", ["llama.cpp", "vllm"])
-@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+SLOW = (hangs, drips, drips_headers)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "fault"),
+    [
+        pytest.param(dialect, fault, id=f"{name}-{dialect}")
+        for name, fault in PASSING.items()
+        for dialect in (["vllm"] if fault in SLOW else ["llama.cpp", "vllm"])
+    ],
+)
 def test_what_may_pass_is_tried_again_and_then_given_up(api_server, connect, dialect, fault):
     server = api_server(dialect)
     source = connect(server)
@@ -226,7 +235,7 @@ def test_what_may_pass_is_tried_again_and_then_given_up(api_server, connect, dia
     began = time.monotonic()
     with pytest.raises(BlackBoxError, match="no usable answer in 2 attempts"):
         source.next_tokens([TEXT], 3)
-    assert time.monotonic() - began < 2.5  # two attempts of 0.6 s at most, and what the machine is late
+    assert time.monotonic() - began < 8  # two attempts of 1 s at most, and what the machine is late
 
 
 def test_retry_after_is_honoured_and_bounded(api_server, connect):
