@@ -1,6 +1,6 @@
 """The server under load: many clients for a minute, each answer compared with the answer to the same prompt alone.
 
-    python -m benchmarks.serving --run runs/NAME [--clients 32] [--seconds 60] [--tokens 24] [--json]
+    python benchmarks/serving.py --run runs/NAME [--clients 32] [--seconds 60] [--tokens 24] [--json]
 
 Starts `fedpt-secure serve` as a process of its own, with OpenAI's client in threads of this one. It fails where an
 answer is an error, or is another one than the prompt gets alone. Memory is the server's resident set, read each second.

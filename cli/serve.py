@@ -97,7 +97,7 @@ def serve(
         _warn_of_exposure(settings, console)
         listener = serving.Listener(settings)
         with shown_on(console) as progress:
-            served = serving.load_run(directory, cache=Cache(), progress=progress)
+            served = serving.load_run(directory, batch_rows=settings.batch_rows, cache=Cache(), progress=progress)
         _log_to_stderr()
         serving.serve(
             serving.create_app(served, settings, keys),

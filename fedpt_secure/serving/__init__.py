@@ -1,7 +1,7 @@
 """A finished run behind an OpenAI-compatible HTTP interface (docs/serving.md)."""
 
 from fedpt_secure.serving.app import create_app
-from fedpt_secure.serving.engine import Choice, Engine, Job, LargeAlone
+from fedpt_secure.serving.engine import Engine
 from fedpt_secure.serving.keys import ApiKeys, read_keys
 from fedpt_secure.serving.run import ServedRun, load_run
 from fedpt_secure.serving.server import HttpServer, Listener, serve
@@ -9,11 +9,8 @@ from fedpt_secure.serving.settings import ServeSettings, require_key_if_public
 
 __all__ = [
     "ApiKeys",
-    "Choice",
     "Engine",
     "HttpServer",
-    "Job",
-    "LargeAlone",
     "Listener",
     "ServeSettings",
     "ServedRun",

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
-from fedpt_secure.serving.engine import Choice
+from fedpt_secure.proxy import TokenEvent
 from fedpt_secure.serving.scheduler import Continuation
 from fedpt_secure.serving.token_text import StopScanner, TokenText
 
@@ -29,7 +29,7 @@ class Delta:
 
     index: int
     text: str
-    choices: tuple[Choice, ...]
+    choices: tuple[TokenEvent, ...]
     finish_reason: FinishReason | None
     generated: int
 
@@ -48,7 +48,7 @@ async def growing(
     try:
         async for choice in continuation:
             generated += 1
-            if choice.ends:
+            if choice.ending == "end":
                 rest = scanner.rest(text.rest())
                 yield Delta(index, rest.text, rest.choices, "stop", generated)
                 return
@@ -56,7 +56,7 @@ async def growing(
             if scanner.stopped:
                 yield Delta(index, piece.text, piece.choices, "stop", generated)
                 return
-            if generated == continuation.job.max_new_tokens:
+            if choice.ending == "length":
                 rest = scanner.rest(text.rest())
                 yield Delta(index, piece.text + rest.text, piece.choices + rest.choices, "length", generated)
                 return

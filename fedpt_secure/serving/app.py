@@ -19,10 +19,12 @@ from starlette.exceptions import HTTPException
 
 from fedpt_secure import __version__
 from fedpt_secure.errors import FedptError
+from fedpt_secure.proxy import DecodingSettings, SteeringRule
+from fedpt_secure.proxy import Request as EngineRequest
 from fedpt_secure.serving.answers import Delta, interleaved
 from fedpt_secure.serving.chat import Message
 from fedpt_secure.serving.disconnect import EventStream, unless_disconnected
-from fedpt_secure.serving.engine import Arm, Job
+from fedpt_secure.serving.engine import Arm
 from fedpt_secure.serving.errors import ApiError, told, unexpected
 from fedpt_secure.serving.gate import Gate
 from fedpt_secure.serving.keys import ApiKeys
@@ -62,7 +64,7 @@ def create_app(run: ServedRun, settings: ServeSettings, keys: ApiKeys) -> Gate:
 class _Work:
     """A request, ready for the engine."""
 
-    jobs: list[Job]
+    jobs: list[EngineRequest]
     stops: list[str]
     usage: Usage
     arm: str
@@ -139,6 +141,7 @@ class _Application:
             "context_length": self._run.engine.context_length,
             "chat": self._run.chat is not None,
             "max_logprobs": self._settings.max_logprobs,
+            "large_model_at": self._run.large_model_at,
         }
 
     async def privacy(self) -> dict[str, Any]:
@@ -187,16 +190,15 @@ class _Application:
             prompt = await run_in_threadpool(run.text_prompt, wanted.prompt)
         self._check_length(prompt, wanted.max_tokens, "max_tokens")
         jobs = [
-            Job(
-                prompt=prompt.ids,
-                arm=arm,
+            self._job(
+                prompt,
+                arm,
+                told_apart=arm == "proxied",
                 rule=run.rule_at(wanted.alpha, prompt),
-                first_place=prompt.first_place,
                 max_new_tokens=wanted.max_tokens,
                 temperature=wanted.temperature,
                 top_p=wanted.top_p,
                 seed=wanted.seed,
-                told_apart=arm == "proxied",
             )
             for arm in wanted.arms
         ]
@@ -259,21 +261,41 @@ class _Application:
             self._check_length(prompt, new_tokens, "max_tokens")
         seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
         jobs = [
-            Job(
-                prompt=prompt.ids,
-                arm=arm,
+            self._job(
+                prompt,
+                arm,
+                top_logprobs=top_logprobs,
                 rule=self._run.rule_at(wanted.alpha, prompt),
-                first_place=prompt.first_place,
                 max_new_tokens=new_tokens,
                 temperature=1.0 if wanted.temperature is None else wanted.temperature,
                 top_p=1.0 if wanted.top_p is None else wanted.top_p,
+                top_k=wanted.top_k or 0,
+                repetition_penalty=1.0 if wanted.repetition_penalty is None else wanted.repetition_penalty,
                 seed=_seed_of(seed, place * each + number),
-                top_logprobs=top_logprobs,
             )
             for place, prompt in enumerate(prompts)
             for number in range(each)
         ]
         return _Work(jobs, wanted.stops, Usage(sum(len(prompt.ids) for prompt in prompts)), arm)
+
+    @staticmethod
+    def _job(
+        prompt: Prompt,
+        arm: Arm,
+        *,
+        rule: SteeringRule,
+        top_logprobs: int = 0,
+        told_apart: bool = False,
+        **settings: Any,
+    ) -> EngineRequest:
+        return EngineRequest(
+            prompt=prompt.ids,
+            settings=DecodingSettings(rule=SteeringRule(alpha=0.0) if arm == "large" else rule, **settings),
+            first_place=prompt.first_place,
+            voice="small" if arm == "small" else "steered",
+            top_logprobs=top_logprobs,
+            told_apart=told_apart,
+        )
 
     async def _respond(
         self,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedpt_secure.proxy import TokenEvent
 from fedpt_secure.serving.answers import Delta
-from fedpt_secure.serving.engine import Choice
 from fedpt_secure.serving.token_text import TokenText
 
 SMALLEST_LOGPROB = -9999.0
@@ -83,7 +83,7 @@ class CompletionShape:
         """One answer, from all of its deltas."""
         return self.chunk(_joined(deltas))
 
-    def _logs(self, index: int, choices: Sequence[Choice]) -> dict[str, Any] | None:
+    def _logs(self, index: int, choices: Sequence[TokenEvent]) -> dict[str, Any] | None:
         if self._logprobs is None:
             return None
         tokens, offsets = [], []
@@ -99,7 +99,7 @@ class CompletionShape:
             "text_offset": offsets,
         }
 
-    def _top(self, choice: Choice) -> dict[str, float]:
+    def _top(self, choice: TokenEvent) -> dict[str, float]:
         """Alternatives by text; of several tokens with one text (parts of characters) the likeliest."""
         top: dict[str, float] = {}
         for token, logprob in choice.top:
@@ -141,7 +141,7 @@ class ChatShape:
             "finish_reason": delta.finish_reason,
         }
 
-    def _logs(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
+    def _logs(self, choices: Sequence[TokenEvent]) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
         content = [

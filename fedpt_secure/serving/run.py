@@ -14,8 +14,7 @@ from fedpt_secure.federation.setup import load_models
 from fedpt_secure.federation.state import released_adapter
 from fedpt_secure.lm.vocabulary import load_tokenizer
 from fedpt_secure.progress import Progress
-from fedpt_secure.proxy import SteeringRule
-from fedpt_secure.serving.batch_engine import BatchEngine
+from fedpt_secure.proxy import DecodingEngine, SteeringRule
 from fedpt_secure.serving.chat import ChatFormat, Message, load_chat_format
 from fedpt_secure.serving.engine import Arm, Engine
 from fedpt_secure.serving.errors import ApiError
@@ -45,6 +44,7 @@ class ServedRun:
         token_text: reads answers.
         chat: the large model's chat format; None where it has none.
         vocabulary_size: of the large model.
+        large_model_at: where prompts and answers are sent to, if the large model does not run here.
     """
 
     rule: SteeringRule
@@ -56,6 +56,7 @@ class ServedRun:
     token_text: TokenText
     chat: ChatFormat | None
     vocabulary_size: int
+    large_model_at: str | None = None
 
     def rule_at(self, alpha: float | None, prompt: Prompt) -> SteeringRule:
         """The run's rule for such a prompt, with another weight of the shift where one is given."""
@@ -110,8 +111,14 @@ def arm_of(model: str, name: str) -> Arm:
     return arms[model]
 
 
-def load_run(directory: RunDirectory, *, cache: Cache, progress: Progress) -> ServedRun:
-    """Load a run's models, the large one too.
+def load_run(directory: RunDirectory, *, batch_rows: int, cache: Cache, progress: Progress) -> ServedRun:
+    """Load a run's models, the large one too, or connect to it.
+
+    Args:
+        directory: of the run; it is only read.
+        batch_rows: most answers that one forward pass advances.
+        cache: where weights are.
+        progress: is told what is loaded, and where prompts will be sent.
 
     Raises:
         RunDirectoryError: the run has no checkpoint yet, or is damaged.
@@ -125,6 +132,9 @@ def load_run(directory: RunDirectory, *, cache: Cache, progress: Progress) -> Se
     models = load_models(config, cache=cache, progress=progress)
     models.small.load_adapter_vector(released_adapter(checkpoint, config))
     black_box = models.black_box(progress)
+    large_model_at = models.weights.source if models.source is not None else None
+    if large_model_at is not None:
+        progress.note(f"every prompt and answer is sent to {large_model_at}")
     spelling = load_tokenizer(models.weights.path / "tokenizer.json")
     spelling.no_truncation()
     spelling.no_padding()
@@ -134,9 +144,10 @@ def load_run(directory: RunDirectory, *, cache: Cache, progress: Progress) -> Se
         response_rule=SteeringRule.of(config.proxy, responses=True),
         created=int((directory.path / "checkpoint" / "state.safetensors").stat().st_mtime),
         privacy=directory.read_json(privacy_path) if privacy_path.exists() else None,
-        engine=BatchEngine(black_box, models.pair),
+        engine=DecodingEngine(black_box, models.pair, largest_batch=batch_rows),
         tokenizer=models.tokenizer,
         token_text=TokenText(spelling),
         chat=load_chat_format(models.weights.path, models.tokenizer, spelling),
         vocabulary_size=black_box.vocabulary.size,
+        large_model_at=large_model_at,
     )

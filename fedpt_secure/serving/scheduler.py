@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 from fedpt_secure.errors import FedptError
-from fedpt_secure.serving.engine import Choice, Engine, Job
+from fedpt_secure.proxy import Request, TokenEvent
+from fedpt_secure.serving.engine import Engine
 
 
 class Stopped(FedptError):
@@ -25,23 +26,23 @@ class EngineFailure(FedptError):
 
 
 class Continuation:
-    """One answer in progress: an async iterator of choices, ended by `max_new_tokens`, an end token or an error."""
+    """One answer in progress: an async iterator of its tokens' events, the last of which has an `ending`."""
 
-    def __init__(self, job: Job, loop: asyncio.AbstractEventLoop, withdraw: Callable[[Continuation], None]) -> None:
-        self.job = job
+    def __init__(
+        self, request: Request, loop: asyncio.AbstractEventLoop, withdraw: Callable[[Continuation], None]
+    ) -> None:
+        self.request = request
         self.loop = loop
         self._withdraw = withdraw
-        self._arrived: asyncio.Queue[Choice | BaseException | None] = asyncio.Queue()
-        self.produced = 0
-        """Tokens computed so far; the engine's thread counts."""
+        self._arrived: asyncio.Queue[TokenEvent | BaseException | None] = asyncio.Queue()
         self.cancelled = False
 
     def cancel(self) -> None:
         """Nobody waits any more: it leaves the queue at once, or the batch before the next step."""
         self._withdraw(self)
 
-    async def __aiter__(self) -> AsyncIterator[Choice]:
-        """Choices as they are made.
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        """Events as they come.
 
         Raises:
             FedptError: the engine could not go on.
@@ -51,7 +52,7 @@ class Continuation:
                 raise item
             yield item
 
-    def deliver(self, item: Choice | BaseException | None) -> None:
+    def deliver(self, item: TokenEvent | BaseException | None) -> None:
         """From the loop's own thread."""
         self._arrived.put_nowait(item)
 
@@ -59,9 +60,9 @@ class Continuation:
 class Scheduler:
     """The one thread that computes.
 
-    Guarantees: an answer depends on its job alone (the engine's rows are independent, and each job has its own seed);
-    a cancelled continuation is computed for at most one more step; an error of the engine reaches everyone who waits
-    for the step, and the server goes on.
+    Guarantees: an answer depends on its request alone (the engine's rows are independent, and each request has its own
+    seed); a cancelled continuation is computed for at most one more step; an error of the engine reaches everyone who
+    is in the batch, and the server goes on.
 
     Args:
         engine: used by this thread only.
@@ -99,13 +100,13 @@ class Scheduler:
             self._changed.notify()
         self._thread.join()
 
-    def submit(self, job: Job) -> Continuation:
-        """Queue a job; called on an event loop, where its choices will arrive.
+    def submit(self, request: Request) -> Continuation:
+        """Queue a request; called on an event loop, where its events will arrive.
 
         Raises:
             Stopped: the server is ending.
         """
-        continuation = Continuation(job, asyncio.get_running_loop(), self._withdraw)
+        continuation = Continuation(request, asyncio.get_running_loop(), self._withdraw)
         with self._changed:
             if self._closing:
                 raise Stopped("the server is stopping")
@@ -140,61 +141,49 @@ class Scheduler:
             if self._running:
                 self._step()
         left = [*self._running.values(), *self._waiting]
-        for row in list(self._running):
-            self._engine.drop(row)
-        self._running.clear()
+        self._clear()
         self._waiting.clear()
+        self._engine.close()
         _deliver([(continuation, Stopped("the server is stopping")) for continuation in left])
 
     def _drop_cancelled(self) -> None:
-        for row, continuation in list(self._running.items()):
+        for handle, continuation in list(self._running.items()):
             if continuation.cancelled:
-                del self._running[row]
-                self._engine.drop(row)
+                del self._running[handle]
+                self._engine.remove(handle)
+
+    def _clear(self) -> None:
+        for handle in self._running:
+            self._engine.remove(handle)
+        self._running.clear()
 
     def _admit(self) -> None:
-        """Move waiting continuations into the batch: together, or one by one if that fails, so that the guilty one
-        fails alone."""
+        """Move waiting continuations into the batch, as far as there is room."""
         admitted: list[Continuation] = []
         with self._changed:
             while self._waiting and len(self._running) + len(admitted) < self._batch_rows:
-                continuation = self._waiting.popleft()
-                if not continuation.cancelled:
-                    admitted.append(continuation)
-        if not admitted:
-            return
-        try:
-            rows = self._engine.admit([continuation.job for continuation in admitted])
-            self._running.update(zip(rows, admitted, strict=True))
-        except Exception:
-            for continuation in admitted:
-                try:
-                    (row,) = self._engine.admit([continuation.job])
-                    self._running[row] = continuation
-                except Exception as error:
-                    _deliver([(continuation, self._reportable(error))])
+                admitted.append(self._waiting.popleft())
+        for continuation in admitted:
+            try:
+                self._running[self._engine.add(continuation.request)] = continuation
+            except Exception as error:
+                _deliver([(continuation, self._reportable(error))])
 
     def _step(self) -> None:
         self._on_step(len(self._running))
         try:
-            choices = self._engine.step()
-            items = [(row, self._running[row], choices[row]) for row in self._running]
+            deliveries: list[tuple[Continuation, TokenEvent | BaseException | None]] = []
+            for event in self._engine.step():
+                continuation = self._running[event.handle]
+                deliveries.append((continuation, event))
+                if event.ending is not None:
+                    del self._running[event.handle]
+                    deliveries.append((continuation, None))
         except Exception as error:
-            failed = list(self._running.items())
-            self._running.clear()
-            for row, _ in failed:
-                self._engine.drop(row)
+            failed = list(self._running.values())
+            self._clear()
             reported = self._reportable(error)
-            _deliver([(continuation, reported) for _, continuation in failed])
-            return
-        deliveries: list[tuple[Continuation, Choice | BaseException | None]] = []
-        for row, continuation, choice in items:
-            continuation.produced += 1
-            deliveries.append((continuation, choice))
-            if choice.ends or continuation.produced == continuation.job.max_new_tokens:
-                del self._running[row]
-                self._engine.drop(row)
-                deliveries.append((continuation, None))
+            deliveries = [(continuation, reported) for continuation in failed]
         _deliver(deliveries)
 
     def _reportable(self, error: Exception) -> FedptError:
@@ -204,9 +193,9 @@ class Scheduler:
         return EngineFailure("the engine failed")
 
 
-def _deliver(deliveries: list[tuple[Continuation, Choice | BaseException | None]]) -> None:
+def _deliver(deliveries: list[tuple[Continuation, TokenEvent | BaseException | None]]) -> None:
     """Hand over what one step produced: one wake-up per event loop, not one per token."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Continuation, Choice | BaseException | None]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Continuation, TokenEvent | BaseException | None]]] = {}
     for continuation, item in deliveries:
         by_loop.setdefault(continuation.loop, []).append((continuation, item))
     for loop, items in by_loop.items():
@@ -214,6 +203,6 @@ def _deliver(deliveries: list[tuple[Continuation, Choice | BaseException | None]
             loop.call_soon_threadsafe(_put, items)
 
 
-def _put(items: list[tuple[Continuation, Choice | BaseException | None]]) -> None:
+def _put(items: list[tuple[Continuation, TokenEvent | BaseException | None]]) -> None:
     for continuation, item in items:
         continuation.deliver(item)

@@ -10,7 +10,7 @@ from typing import Protocol
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from fedpt_secure.serving.engine import Choice
+from fedpt_secure.proxy import TokenEvent
 
 
 class TokenText:
@@ -101,7 +101,7 @@ class Piece:
     """What may be shown now: some text and the choices that made it."""
 
     text: str
-    choices: tuple[Choice, ...]
+    choices: tuple[TokenEvent, ...]
 
 
 class StopScanner:
@@ -117,10 +117,10 @@ class StopScanner:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self._choices: list[tuple[int, Choice]] = []  # how much of the held text there was before each choice
+        self._choices: list[tuple[int, TokenEvent]] = []  # how much of the held text there was before each choice
         self.stopped = False
 
-    def add(self, text: str, choice: Choice) -> Piece:
+    def add(self, text: str, choice: TokenEvent) -> Piece:
         """One choice and the text it completed; returns what is certain by now."""
         self._choices.append((len(self._held), choice))
         self._held += text

@@ -1,7 +1,7 @@
 """What clients may send: OpenAI's parameters, each checked; one that would be ignored is refused instead.
 
 Parameters that this server lacks are accepted only with the value that means "not used", because client libraries send
-those. `alpha` is the one extension.
+those. `alpha`, `top_k` and `repetition_penalty` are extensions.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ class _Sampling(_Wire):
     """Accepted, never stored."""
     alpha: Alpha | None = None
     """Weight of the small LM's shift; the run's where nothing is said. Of the proxy-tuned model only."""
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    """Sample from this many most likely tokens; 0 for all."""
+    repetition_penalty: Annotated[float, Field(ge=1, le=10)] | None = None
+    """Makes tokens less likely that stand in the prompt or the answer; 1 changes nothing."""
 
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None

@@ -19,9 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
-from fedpt_secure.proxy import AdapterPair, LocalTransformersLM, SteeringRule
+from fedpt_secure.proxy import AdapterPair, DecodingEngine, LocalTransformersLM, SteeringRule
 from fedpt_secure.serving import ApiKeys, HttpServer, Listener, ServedRun, ServeSettings, create_app
-from fedpt_secure.serving.batch_engine import BatchEngine
 from fedpt_secure.serving.chat import load_chat_format
 from fedpt_secure.serving.token_text import TokenText
 
@@ -92,7 +91,7 @@ def make_run(large, pair, spelling, text_tokenizer, tmp_path_factory):
             response_rule=SteeringRule(alpha=0.5, shares=((0, 0.6), (2, 0.1))),
             created=1_700_000_000,
             privacy={"schema": "fedpt-secure/privacy/2", "private": True, "epsilon": 4.0, "claim": "epsilon <= 4"},
-            engine=engine or BatchEngine(large, pair),
+            engine=engine or DecodingEngine(large, pair),
             tokenizer=text_tokenizer,
             token_text=TokenText(spelling),
             chat=load_chat_format(tmp_path_factory.mktemp("no_template"), text_tokenizer, spelling),

@@ -13,35 +13,44 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+from fedpt_secure.proxy import TokenEvent
 from fedpt_secure.serving import ApiKeys
-from fedpt_secure.serving.engine import Choice
 
 KEY = "correct-horse-battery-staple"
 
 
 class Endless:
-    """An engine that says token 504 for ever, at a pace, and notes what is asked of it."""
+    """An engine that says token 504 until the length is reached, at a pace, and notes what is asked of it."""
 
     context_length = 100_000
 
     def __init__(self, seconds: float = 0.005, failure: Exception | None = None):
         self.seconds, self.failure = seconds, failure
-        self.rows, self.next = set(), 0
+        self.rows, self.next = {}, 0
 
-    def admit(self, jobs):
-        numbers = list(range(self.next, self.next + len(jobs)))
-        self.next += len(jobs)
-        self.rows |= set(numbers)
-        return numbers
+    def add(self, request):
+        self.next += 1
+        self.rows[self.next] = request.settings.max_new_tokens
+        return self.next
 
     def step(self):
         time.sleep(self.seconds)
         if self.failure is not None:
             raise self.failure
-        return {row: Choice(504, -0.5, (), None, ends=False) for row in self.rows}
+        events = []
+        for row in list(self.rows):
+            self.rows[row] -= 1
+            ending = None if self.rows[row] else "length"
+            events.append(TokenEvent(handle=row, token=504, text="", logprob=-0.5, top=(), alone=None, ending=ending))
+            if ending:
+                del self.rows[row]
+        return events
 
-    def drop(self, row):
-        self.rows.discard(row)
+    def remove(self, row):
+        self.rows.pop(row, None)
+
+    def close(self):
+        pass
 
 
 def ask(url, method="POST", path="/v1/completions", body=None, headers=None, *, raw=None):

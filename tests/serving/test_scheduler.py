@@ -7,42 +7,33 @@ import asyncio
 import pytest
 
 from fedpt_secure.errors import BlackBoxError, ConfigError
-from fedpt_secure.proxy import SteeringRule
-from fedpt_secure.serving.engine import Choice, Job
+from fedpt_secure.proxy import DecodingSettings, Request, SteeringRule, TokenEvent
 from fedpt_secure.serving.scheduler import EngineFailure, Scheduler, Stopped
 
 
-def job(prompt=(1,), tokens=3) -> Job:
-    return Job(
-        prompt=tuple(prompt),
-        arm="large",
-        rule=SteeringRule(alpha=0.0),
-        first_place=0,
-        max_new_tokens=tokens,
-        temperature=0.0,
-        top_p=1.0,
-        seed=0,
-    )
+def job(prompt=(1,), tokens=3) -> Request:
+    settings = DecodingSettings(rule=SteeringRule(alpha=0.0), max_new_tokens=tokens)
+    return Request(prompt=tuple(prompt), settings=settings, first_place=0)
 
 
 class Counter:
-    """Row of prompt `(p,)` says p * 100, p * 100 + 1, ...; 13 ends; prompts with 66 are refused."""
+    """Prompt `(p,)` says p * 100, p * 100 + 1, ...; 13 ends where `ends`; prompts with 66 are refused."""
 
     context_length = 1000
 
-    def __init__(self):
-        self.rows, self.next, self.steps, self.dropped = {}, 0, [], []
+    def __init__(self, *, ends=True):
+        self.rows, self.next, self.steps = {}, 0, []
         self.failure = None
         self.gate = None
-        self.ends = True
+        self.ends = ends
+        self.closed = False
 
-    def admit(self, jobs):
-        if any(66 in wanted.prompt for wanted in jobs):
+    def add(self, request):
+        if 66 in request.prompt:
             raise ConfigError("66 is refused")
-        numbers = list(range(self.next, self.next + len(jobs)))
-        self.next += len(jobs)
-        self.rows |= {number: [wanted.prompt[0] * 100, 0] for number, wanted in zip(numbers, jobs, strict=True)}
-        return numbers
+        self.next += 1
+        self.rows[self.next] = [request, 0]
+        return self.next
 
     def step(self):
         if self.gate is not None:
@@ -50,16 +41,25 @@ class Counter:
         if self.failure is not None:
             raise self.failure
         self.steps.append(len(self.rows))
-        choices = {}
-        for number, row in self.rows.items():
-            token = row[0] + row[1]
+        events = []
+        for handle, row in list(self.rows.items()):
+            token = row[0].prompt[0] * 100 + row[1]
             row[1] += 1
-            choices[number] = Choice(token, 0.0, (), None, ends=self.ends and token % 100 == 13)
-        return choices
+            ending = "length" if row[1] == row[0].settings.max_new_tokens else None
+            if self.ends and token % 100 == 13:
+                ending = "end"
+            events.append(
+                TokenEvent(handle=handle, token=token, text="", logprob=0.0, top=(), alone=None, ending=ending)
+            )
+            if ending:
+                del self.rows[handle]
+        return events
 
-    def drop(self, row):
-        del self.rows[row]
-        self.dropped.append(row)
+    def remove(self, handle):
+        self.rows.pop(handle, None)
+
+    def close(self):
+        self.closed = True
 
 
 def run(scenario, engine, *, batch_rows=4, **options):
@@ -75,6 +75,7 @@ def run(scenario, engine, *, batch_rows=4, **options):
 
     result = asyncio.run(whole())
     assert engine.rows == {}
+    assert engine.closed
     return result
 
 
@@ -132,9 +133,8 @@ def test_a_failing_step_reaches_all_who_wait_and_the_server_goes_on():
 def test_a_cancelled_one_leaves_the_batch_and_the_queue():
     import threading
 
-    engine = Counter()
+    engine = Counter(ends=False)
     engine.gate = threading.Event()
-    engine.ends = False
 
     async def scenario(scheduler):
         running = [scheduler.submit(job((number,), 1000)) for number in range(4)]
@@ -149,21 +149,21 @@ def test_a_cancelled_one_leaves_the_batch_and_the_queue():
         engine.gate.set()
         while scheduler.running > 1:
             await asyncio.sleep(0.001)
-        produced = [continuation.produced for continuation in running[1:]]
+        produced = [row[1] for row in engine.rows.values()]
         running[0].cancel()
         return produced
 
-    assert all(count <= 1 for count in run(scenario, engine))
+    assert len(run(scenario, engine)) == 1
+    assert engine.steps[:2] == [4, 1]  # one more step at most
 
 
 def test_whoever_waits_when_the_server_stops_is_told():
-    engine = Counter()
-    engine.ends = False
+    engine = Counter(ends=False)
 
     async def scenario(scheduler):
         continuation = scheduler.submit(job(tokens=10**9))
         waiting = asyncio.create_task(read(continuation))
-        while not continuation.produced:
+        while not engine.steps:
             await asyncio.sleep(0.001)
         await asyncio.to_thread(scheduler.stop)
         with pytest.raises(Stopped):

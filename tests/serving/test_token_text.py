@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from fedpt_secure.serving.engine import Choice
+from fedpt_secure.proxy import TokenEvent
 from fedpt_secure.serving.token_text import StopScanner, TokenText
 
 
-def choice(token: int) -> Choice:
-    return Choice(token, -1.0, (), None, ends=False)
+def choice(token: int) -> TokenEvent:
+    return TokenEvent(handle=0, token=token, text="", logprob=-1.0, top=(), alone=None, ending=None)
 
 
 @pytest.mark.parametrize("text", ["plain words", "naïve café 東京 🧑‍🚀 \n\ttabs", "\u200b\ufffd", "ﷺ" * 5, "a\r\nb"])

@@ -40,6 +40,7 @@ async function describeRun() {
     }
     const run = (await response.json()).data[0];
     $("about").textContent = `Run ${run.id}: the large model alone, the small model that was tuned privately, and the large model steered by it.`;
+    if (run.large_model_at) $("about").textContent += ` Prompts and answers are sent to ${run.large_model_at}.`;
     $("alpha").value = Math.min(2, run.alpha);
     if (run.shares.length) {
       $("alpha-help").textContent =
