@@ -32,8 +32,6 @@ from fedpt_secure.proxy.top_source import TopSource
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-_TEXTS_AHEAD = 4
-
 
 class CompletedLM:
     """`BlackBoxLM` over a `TopSource` and the small base LM.
@@ -108,7 +106,9 @@ class CompletedLM:
     def score(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """`BlackBoxLM.score`; a few texts are asked about ahead of the one that is read."""
         small = self._small.score([self._small.token_map.to_small(sequence) for sequence in sequences])
-        tops = ahead(lambda text: self._source.last_positions(text, len(text), self.top_k), sequences)
+        tops = ahead(
+            lambda text: self._source.last_positions(text, len(text), self.top_k), sequences, self._source.texts_at_once
+        )
         for answers, (base, _) in zip(tops, small, strict=True):
             yield self.filled(answers, base)
 
@@ -178,6 +178,7 @@ class _CompletedSession:
         tops = ahead(
             lambda item: self._source.last_positions(item[0], item[1], self._box.top_k),
             list(zip(texts, counts, strict=True)),
+            self._source.texts_at_once,
         )
         small = self._pair.score([self._pair.token_map.to_small(text) for text in texts])
         return [
@@ -205,12 +206,12 @@ class _CompletedSession:
         return top.with_scores(list(wanted), self._source.token_scores(text, list(wanted)))
 
 
-def ahead(ask: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
-    """The results of `ask` for each item, in order; a few are under way while one is used."""
-    with ThreadPoolExecutor(_TEXTS_AHEAD) as pool:
-        waiting: list[Future[_Result]] = [pool.submit(ask, item) for item in items[:_TEXTS_AHEAD]]
+def ahead(ask: Callable[[_Item], _Result], items: Sequence[_Item], at_once: int) -> Iterator[_Result]:
+    """The results of `ask` for each item, in order; `at_once` are under way while one is used."""
+    with ThreadPoolExecutor(at_once) as pool:
+        waiting: list[Future[_Result]] = [pool.submit(ask, item) for item in items[:at_once]]
         try:
-            for item in [*items[_TEXTS_AHEAD:], *[None] * min(_TEXTS_AHEAD, len(items))]:
+            for item in [*items[at_once:], *[None] * min(at_once, len(items))]:
                 yield waiting.pop(0).result()
                 if item is not None:
                     waiting.append(pool.submit(ask, item))

@@ -136,6 +136,11 @@ class HttpTransport:
         return f"HttpTransport({str(self.endpoint)!r})"
 
     @property
+    def concurrency(self) -> int:
+        """Requests under way at once."""
+        return self._settings.concurrency
+
+    @property
     def usage(self) -> ApiUsage:
         """What was sent so far."""
         return self._usage

@@ -31,7 +31,8 @@ _CALL_BYTES = 32 << 20
 """Prefixes of a text share a request up to about this much answer."""
 _IDS_AT_ONCE = 2048
 _FORCED = 1e6
-_PREFIXES_AT_ONCE = 64
+_PREFIXES_AT_ONCE = 8
+"""The server answers a request when all its prompts are done; more would look like silence on a busy machine."""
 
 
 class _Entry(msgspec.Struct):
@@ -58,6 +59,7 @@ class _Settings(msgspec.Struct):
 
 class _Properties(msgspec.Struct):
     default_generation_settings: _Settings
+    total_slots: int = 1
     chat_template: str = ""
     model_path: str = ""
     build_info: str = ""
@@ -108,6 +110,7 @@ class LlamaCppSource:
         width: int,
         context_length: int,
         model_name: str,
+        slots: int = 1,
     ) -> None:
         self._transport = transport
         self._vocabulary = vocabulary
@@ -115,6 +118,7 @@ class LlamaCppSource:
         self._width = width
         self._url = transport.endpoint.url
         self.model_name = model_name
+        self._slots = max(1, slots)
         self.chat_template = ""
         self._capabilities = Capabilities(
             full_vocabulary=True,
@@ -152,6 +156,7 @@ class LlamaCppSource:
             width=models.data[0].meta.n_vocab,
             context_length=properties.default_generation_settings.n_ctx,
             model_name=models.data[0].id.rsplit("/", 1)[-1],
+            slots=properties.total_slots,
         )
         source.chat_template = properties.chat_template
         source._check_vocabulary(tokenizer)
@@ -166,6 +171,11 @@ class LlamaCppSource:
     def vocabulary(self) -> Vocabulary:
         """The tokenizer's, checked against the server's."""
         return self._vocabulary
+
+    @property
+    def texts_at_once(self) -> int:
+        """The server's slots: a further text would push another one out of its prompt cache."""
+        return min(self._slots, 16)
 
     @property
     def usage(self) -> ApiUsage:

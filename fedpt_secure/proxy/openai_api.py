@@ -197,6 +197,11 @@ class OpenAISource:
         return self._vocabulary
 
     @property
+    def texts_at_once(self) -> int:
+        """As many as the transport sends side by side."""
+        return self._transport.concurrency
+
+    @property
     def usage(self) -> ApiUsage:
         """What was sent so far."""
         return self._transport.usage

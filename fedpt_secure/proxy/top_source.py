@@ -31,6 +31,10 @@ class TopSource(Protocol):
         """What the ids mean."""
 
     @property
+    def texts_at_once(self) -> int:
+        """How many texts are best asked about side by side; more would only wait at the server."""
+
+    @property
     def usage(self) -> ApiUsage:
         """What was sent so far."""
 

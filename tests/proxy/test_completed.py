@@ -102,10 +102,11 @@ def test_more_than_the_api_can_do_is_refused_with_the_alternative(api_server, co
 
 
 def test_results_come_in_order_and_errors_are_not_swallowed():
-    assert list(ahead(lambda item: item * 2, list(range(9)))) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
-    assert list(ahead(str, [])) == []
-    with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda item: 1 // item, [1, 2, 0, 4]))
+    for at_once in (1, 4, 20):
+        assert list(ahead(lambda item: item * 2, list(range(9)), at_once)) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+        assert list(ahead(str, [], at_once)) == []
+        with pytest.raises(ZeroDivisionError):
+            list(ahead(lambda item: 1 // item, [1, 2, 0, 4], at_once))
 
 
 def settings(alpha, **changes):
