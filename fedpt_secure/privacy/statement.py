@@ -247,7 +247,7 @@ def ring_statement(
             *(("nobody learns who or what a round sampled",) if rate < 1 else ()),
             "which clients take part is not secret",
             _NOT_ADAPTIVE,
-            "a clipped gradient's floating-point error is below one part in a thousand of the clip norm",
+            "floating-point error adds less than a thousandth of the clip norm to what one unit moves a sum by",
         ),
         not_covered=(
             "a server with more colluding clients: nothing is promised against it",
