@@ -45,7 +45,7 @@ def test_a_served_run_answers_says_what_it_gives_away_and_ends_in_order(run_dire
     with errors.open("w") as stream:
         process = subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, arguments)], stderr=stream)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while not (ready := re.search(r"serving (\S+) at (\S+) .*1 API key\)", errors.read_text())):
             assert process.poll() is None, errors.read_text()
             assert time.monotonic() < end
