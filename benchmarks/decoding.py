@@ -207,10 +207,9 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     }
     plain = bench.transformers_arm()
     guess = Speculation()
-    for size, batches in (
-        (1, [[prompt] for prompt in prompts[: options.prompts]]),
-        (8, [prompts[:8]] * options.repeats),
-    ):
+    of_size = {1: [[prompt] for prompt in prompts[: options.prompts]], 8: [prompts[:8]] * options.repeats}
+    for size in options.batch or sorted(of_size):
+        batches = of_size[size]
         arms = {
             "transformers": Arm(plain.decode),
             "engine_alone": bench.engine_arm(ALONE),
@@ -227,7 +226,8 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         say(json.dumps(found))
         found[f"local_tokens_per_second_batch{size}"] = {name: arm.tokens_per_second for name, arm in arms.items()}
     chosen = prompts[: options.prompts]
-    found["tokens_per_call"] = found["tokens_per_call_batch1"]
+    if "tokens_per_call_batch1" in found:
+        found["tokens_per_call"] = found["tokens_per_call_batch1"]
     kinds: dict[str, tuple[Speculation, dict[str, Any]]] = {
         "greedy_small_only": (replace(guess, lookup=False), {}),
         "greedy_lookup_only": (replace(guess, small=False), {}),
@@ -307,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=24, help="longest prompt")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2, help="times the batch of 8 is decoded")
+    parser.add_argument("--batch", type=int, action="append", choices=[1, 8], help="only this size; both by default")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu", help="of the local arms")
     parser.add_argument(
