@@ -16,6 +16,7 @@ from fedpt_secure.cli.fetch import fetch
 from fedpt_secure.cli.generate import generate
 from fedpt_secure.cli.keys import keys
 from fedpt_secure.cli.ledger import ledger
+from fedpt_secure.cli.plan import plan
 from fedpt_secure.cli.report import compare, report
 from fedpt_secure.cli.serve import serve
 from fedpt_secure.cli.sweep import sweep
@@ -36,6 +37,7 @@ app.command()(serve)
 app.command()(evaluate)
 app.command()(fetch)
 app.command()(account)
+app.command()(plan)
 app.command()(sweep)
 app.command()(report)
 app.command()(compare)

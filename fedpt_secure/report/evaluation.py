@@ -20,6 +20,7 @@ from fedpt_secure import files
 from fedpt_secure.config import Count, Settings
 from fedpt_secure.data import Cache
 from fedpt_secure.data.records import Record
+from fedpt_secure.errors import ConfigError
 from fedpt_secure.evaluation import (
     Ceiling,
     DirectSettings,
@@ -131,6 +132,11 @@ def evaluate_run(directory: RunDirectory, asked: EvaluateConfig, *, cache: Cache
 
 
 def _ceiling(run: FinishedRun, asked: EvaluateConfig, cache: Cache, progress: Progress) -> Ceiling:
+    if run.models.source is not None:
+        raise ConfigError(
+            "the large model is behind an API, so that it cannot be tuned directly and there is no ceiling",
+            hint="leave out --ceiling, or train with --large PATH where the weights are at hand",
+        )
     records = [record for client in run.text.clients for record in client.train]
     settings = DirectSettings(records=asked.ceiling_records, epochs=asked.ceiling_epochs, seed=run.config.seed)
     return tune_ceiling(
