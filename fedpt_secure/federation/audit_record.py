@@ -6,7 +6,8 @@
                                round: in mode `local` every client's noised update, bare; else the noised sum
     server_view/round_NNNNN/   masked vectors that the server received, byte for byte (`audit.record_server_view`)
 
-None of it belongs to a release: whoever holds the coins can measure what the adapter tells about them.
+None of it belongs to a release: whoever holds the coins can measure what the adapter tells about them. Only the owner
+of the run can enter the folder (mode 0700) or read its files (0600).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SCHEMA = "fedpt-secure/planted/1"
 SUM = "sum"
 """Name of a round's noised sum among its releases."""
 _FOLDER = "audit"
+_OWNER_ONLY = 0o600
 
 
 def planted_text(
@@ -108,7 +110,14 @@ def _write(directory: RunDirectory, planted: Planted) -> None:
             for item in planted.secrets
         ],
     }
-    files.write_json(directory.path / PLANTED, content, mode=0o600)
+    path = directory.path / PLANTED
+    _close_to_others(path.parent)
+    files.write_json(path, content, mode=_OWNER_ONLY)
+
+
+def _close_to_others(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
 
 
 def _public_words() -> tuple[str, ...]:
@@ -129,6 +138,8 @@ class AuditRecorder:
         self._bare = config.privacy.mode == "local"
         self._messages = config.audit.record_server_view
         self._seen: dict[str, npt.NDArray[np.float32]] = {}
+        if self._releases or self._messages:
+            _close_to_others(self._root)
 
     def begin(self, adapter: npt.NDArray[np.float32]) -> None:
         """A round begins at this adapter."""
@@ -143,7 +154,9 @@ class AuditRecorder:
         """What the server receives. Masked vectors are what an audit reads; keys and shares are kept by nobody."""
         if self._messages and phase == "mask":
             place = self._root / "server_view" / f"round_{round_index:05d}"
-            files.write_bytes(place / f"{hashlib.sha256(client_id.encode()).hexdigest()}.mask", content)
+            files.write_bytes(
+                place / f"{hashlib.sha256(client_id.encode()).hexdigest()}.mask", content, mode=_OWNER_ONLY
+            )
 
     def end(self, round_index: int, mean_update: npt.NDArray[np.float64] | None) -> None:
         """The round is over; None where it was aborted, and nothing is kept."""
@@ -151,7 +164,8 @@ class AuditRecorder:
             if not self._bare:
                 self._seen[SUM] = mean_update.astype(np.float32)
             path = releases_path(self._root.parent, round_index)
-            files.write_bytes(path, save({name: np.ascontiguousarray(value) for name, value in self._seen.items()}))
+            content = save({name: np.ascontiguousarray(value) for name, value in self._seen.items()})
+            files.write_bytes(path, content, mode=_OWNER_ONLY)
         self._seen = {}
 
 

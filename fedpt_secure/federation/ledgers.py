@@ -3,7 +3,8 @@
 In a directory that outlives runs, a client is found by its id, whatever file its records come from and however many
 there are by now: a record more must not begin an empty ledger. That is sound as long as a record stays with one
 client. So the directory is bound to how records find their owners, and a run that would deal them otherwise is refused:
-a record that moved to another client would get a second budget.
+a record that moved to another client would get a second budget. Records planted for an audit are nobody's own and
+do not count: an audited run is charged to the same ledgers as any other run on the same data.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 
 from fedpt_secure import files
 from fedpt_secure.config import RunConfig
-from fedpt_secure.data import FederatedText
+from fedpt_secure.data import FederatedText, Record
 from fedpt_secure.errors import LedgerError
+from fedpt_secure.federation.audit_record import load_planted
 from fedpt_secure.federation.run_directory import RunDirectory
 
 _BINDING = "ledgers.json"
@@ -37,11 +39,12 @@ def ledger_directories(
     Raises:
         LedgerError: the directory for ledgers is something else, cannot be used, or belongs to records that found their
             owners in another way.
+        RunDirectoryError: what was planted into the run is gone or damaged.
     """
     if config.federation.ledgers is None:
         return {client.client_id: directory.client_directory(index) for index, client in enumerate(text.clients)}
     root = Path(config.federation.ledgers)
-    _bind(root, _ownership(config, text), new=new)
+    _bind(root, _ownership(config, text, directory), new=new)
     return {client.client_id: root / _name(client.client_id) for client in text.clients}
 
 
@@ -51,14 +54,15 @@ def _name(client_id: str) -> str:
     return f"{slug}-{hashlib.sha256(client_id.encode()).hexdigest()[:16]}".removeprefix("-")
 
 
-def _ownership(config: RunConfig, text: FederatedText) -> dict[str, Any]:
+def _ownership(config: RunConfig, text: FederatedText, directory: RunDirectory) -> dict[str, Any]:
     """How records find their owners. Dealt ones have none of their own: then it is the dealing itself."""
     data = config.data
     if data.partition is None:
         return {"schema": _SCHEMA, "owners": "named by the data", "column": data.client_column}
+    planted = {Record(item.text).key for item in load_planted(directory).items}
     digest = hashlib.sha256()
     for client in text.clients:
-        records = sorted(record.key for record in (*client.train, *client.held_out))
+        records = sorted(record.key for record in (*client.train, *client.held_out) if record.key not in planted)
         digest.update(json.dumps([client.client_id, records], ensure_ascii=True).encode() + b"\n")
     return {"schema": _SCHEMA, "owners": "dealt", "clients": data.clients, "dealing": digest.hexdigest()}
 

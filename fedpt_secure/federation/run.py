@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -161,9 +161,9 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
             else "fewer dropouts, larger cohorts, or a smaller --minimum-survivors",
         )
     small.load_adapter_vector(state.average.value(small.adapter_vector()))
-    statement = _statement(config, population, transcripts)
+    statement = _with_planted(_statement(config, population, transcripts), config)
     files.write_json(directory.path / "privacy.json", privacy_document(statement, aggregation))
-    directory.replace_adapter(small.save_adapter, readme=_adapter_readme(statement, small.name))
+    directory.replace_adapter(small.save_adapter, readme=_adapter_readme(statement, config, small.name))
 
     # 3. One look at the held-out records, by all four arms.
     began = time.perf_counter()
@@ -303,5 +303,25 @@ def _clip_norm_in_words(config: RunConfig) -> str:
     return f"the private {privacy.clip_quantile:g} quantile of earlier rounds (first {privacy.clip_norm:g})"
 
 
-def _adapter_readme(statement: PrivacyStatement, base: str) -> str:
-    return f"# LoRA adapter of a fedpt-secure run\n\nBase model: {base} small LM.\n\nPrivacy: {statement.claim()}\n"
+def _with_planted(statement: PrivacyStatement, config: RunConfig) -> PrivacyStatement:
+    """The statement of a run that was planted for an audit says so: its claim is for records that are nobody's too."""
+    if not config.audit.plants:
+        return statement
+    said = (
+        f"{_planted_in_words(config)}: whoever has the run's audit/ folder can measure what the adapter tells about "
+        "them, and the copies of one secret are as many records"
+    )
+    return replace(statement, not_covered=(*statement.not_covered, said))
+
+
+def _planted_in_words(config: RunConfig) -> str:
+    return (
+        f"records planted for an audit ({config.audit.canaries} canaries, {config.audit.secrets} secrets for each "
+        "number of copies), which the adapter was trained on beside the clients' own"
+    )
+
+
+def _adapter_readme(statement: PrivacyStatement, config: RunConfig, base: str) -> str:
+    audited = f"\nAn audit's object: {_planted_in_words(config)}.\n" if config.audit.plants else ""
+    heading = f"# LoRA adapter of a fedpt-secure run\n\nBase model: {base} small LM.\n\n"
+    return f"{heading}Privacy: {statement.claim()}\n{audited}"

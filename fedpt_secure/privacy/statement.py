@@ -23,6 +23,10 @@ _BESIDE = (
     "the run's own files beside the adapter: record counts, a digest of the text and times in summary.json and "
     "transcript.jsonl are exact"
 )
+_FIGURES = (
+    "the figures of reports, evaluations and audits: held-out ones are averages over private records that were never "
+    "trained on, those of a ceiling (`evaluate --ceiling`) come from a model trained on all records without privacy"
+)
 _SERVER = "the server, honest but curious, which sees every message"
 
 
@@ -143,7 +147,7 @@ def local_statement(
         ),
         not_covered=(
             "one person's records in several conversations together: k records cost about k times epsilon",
-            "the held-out figures of a report, which are averages over private records that were never trained on",
+            _FIGURES,
             _BESIDE,
             "what the same data is used for elsewhere; the client's ledger counts only what it sees",
         ),
@@ -256,7 +260,7 @@ def ring_statement(
                 if by_client
                 else ("one person's records in several conversations together: k records cost about k times epsilon",)
             ),
-            "the held-out figures of a report, which are averages over private records that were never trained on",
+            _FIGURES,
             _BESIDE,
             "what the same data is used for elsewhere; the client's ledger counts only what it sees",
         ),

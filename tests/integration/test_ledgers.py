@@ -130,6 +130,23 @@ def test_records_that_found_other_owners_are_refused(with_ledgers, tmp_path):
         assert "--ledgers" in caught.value.hint
 
 
+def test_an_audited_run_is_charged_to_the_ledgers_of_the_same_data(with_ledgers, tmp_path):
+    """Planted records are nobody's own. If they changed whose ledgers these are, an audited run would need others, and
+    with them every real record a second budget."""
+    dealt = {
+        **with_ledgers,
+        "data": {"source": with_ledgers["data"]["source"], "text_column": "said", "clients": 6, "partition": "equal"},
+    }
+    train(dealt, tmp_path / "plain", privacy={"budget_epsilon": 20.0})
+    audited = train({**dealt, "audit": {"canaries": 12}}, tmp_path / "audited")
+    assert all(len(book.runs()) == 2 for book in ledgers(tmp_path).values())
+    # And beside it: what such a run says of itself, and who can read what it keeps.
+    assert any("12 canaries" in item for item in audited.statement.not_covered)
+    assert "12 canaries" in (tmp_path / "audited" / "adapter" / "README.md").read_text()
+    assert "canaries" not in (tmp_path / "plain" / "privacy.json").read_text()
+    assert not (tmp_path / "plain" / "audit").exists()
+
+
 @pytest.mark.parametrize("content", [None, "scrambled", "[]"])
 def test_a_directory_for_ledgers_that_lost_its_binding_is_an_error(after_one_run, with_ledgers, tmp_path, content):
     binding = tmp_path / "ledgers" / "ledgers.json"

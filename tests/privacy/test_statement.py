@@ -174,6 +174,12 @@ def test_the_unit_and_the_neighbours_are_the_modes_own():
     assert not any("k records" in item for item in client.not_covered)
 
 
+def test_figures_from_models_without_privacy_are_said_not_to_be_covered():
+    local = statement({"a": (ONCE,)})
+    for made in (local, ring({"a": [0]}, {0: 9}), ring({"a": [0]}, {0: 9}, by_client=True)):
+        assert any("ceiling" in item and "without privacy" in item for item in made.not_covered)
+
+
 def test_what_the_proof_assumes_is_said():
     whole, sampled = ring({"a": [0]}, {0: 9}), ring({"a": [0]}, {0: 9}, sampling_rate=0.5)
     for made in (whole, sampled):
