@@ -64,7 +64,8 @@ def told(error: FedptError) -> ApiError:
     if isinstance(error, EngineFailure):
         return unexpected()
     if isinstance(error, BlackBoxError):
-        return ApiError(502, message, kind="server_error", code="black_box_error")
+        # Its message quotes the API's answer, which may quote the prompts of others in the same batch, and names hosts.
+        return ApiError(502, "the large model's API failed", kind="server_error", code="black_box_error")
     if isinstance(error, ConfigError | ModelError):
         return ApiError(400, message)
     return unexpected()

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
-from fedpt_secure.errors import FedptError
+from fedpt_secure.errors import BlackBoxError, FedptError
 from fedpt_secure.proxy import Request, TokenEvent
 from fedpt_secure.serving.engine import Engine
 
@@ -68,7 +68,7 @@ class Scheduler:
         engine: used by this thread only.
         batch_rows: rows that advance together; more continuations wait, first come first served.
         on_step: told the number of rows of each step.
-        on_failure: told each error that is not a `FedptError`.
+        on_failure: told each error whose cause no client is told: the black box's, and what is no `FedptError`.
     """
 
     def __init__(
@@ -187,6 +187,8 @@ class Scheduler:
         _deliver(deliveries)
 
     def _reportable(self, error: Exception) -> FedptError:
+        if isinstance(error, BlackBoxError):
+            self._on_failure(error)
         if isinstance(error, FedptError):
             return error
         self._on_failure(error)

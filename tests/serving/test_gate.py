@@ -261,20 +261,21 @@ def test_nothing_that_a_client_sends_is_written_down(serving, make_run, caplog, 
 
 
 def test_an_error_of_the_black_box_is_a_502_before_the_first_token_and_an_event_after_it(serving, make_run, client_of):
+    """And tells no client what the API said: one error ends everybody's answers, and may quote anybody's prompt."""
     from fedpt_secure.errors import BlackBoxError
 
-    engine = Endless(failure=BlackBoxError("the API answered with 503", hint="try later"))
+    engine = Endless(failure=BlackBoxError("api.internal answered 'cannot read: my pin is 5512'", hint="see 10.0.0.7"))
     with serving(make_run(engine), new_tokens=50_000) as url, client_of(url) as client:
         for stream in (False, True):
             with pytest.raises(openai.InternalServerError) as caught:
                 client.completions.create(**WANTED, stream=stream)
             assert caught.value.status_code == 502
-            assert "the API answered with 503 (try later)" in caught.value.body["message"]
+            assert caught.value.body["message"] == "the large model's API failed"
         failure, engine.failure = engine.failure, None
         stream = iter(client.completions.create(**WANTED | {"max_tokens": 50_000}, stream=True))
         next(stream)
         engine.failure = failure
-        with pytest.raises(openai.APIError, match="503"):
+        with pytest.raises(openai.APIError, match=r"^the large model's API failed$"):
             list(stream)
         engine.failure = None
         assert client.completions.create(**WANTED).usage.completion_tokens == 2
