@@ -58,6 +58,12 @@ class Subject:
         content.update(repr(sorted(self.statement.items())).encode())
         return content.hexdigest()
 
+    @property
+    def black_box_is_elsewhere(self) -> bool:
+        """Whether asking the black box sends text to another machine."""
+        endpoint = self.config.models.endpoint
+        return endpoint is not None and not endpoint.on_this_machine
+
     def members(self) -> list[Record]:
         """Training records of the clients' own that are in some sum."""
         used = set().union(*self.survivors)
