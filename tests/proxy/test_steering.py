@@ -25,6 +25,30 @@ from fedpt_secure.proxy.steering import (
 TOKEN_MAP = TokenMap([4, -1, 1, 0], 7)
 
 
+def test_with_shares_too_the_full_distributions_reveal_the_tuned_small_model():
+    """Each class's steered probability grows with its tuned one, for a normaliser that one equation fixes."""
+    alpha, share = 0.5, 0.95
+    rng = np.random.default_rng(3)
+    large = torch.from_numpy(rng.normal(0, 2, 7)).log_softmax(-1)
+    base, tuned = torch.from_numpy(rng.normal(0, 2, (2, 4)))
+    steered = steered_logprobs(
+        large, base, tuned, TOKEN_MAP, SteeringRule(alpha, ((0, share),)), torch.tensor(0, dtype=torch.int64)
+    )
+    seen = restricted_logprobs(steered, TOKEN_MAP).exp().numpy()
+    linear = (restricted_logprobs(large, TOKEN_MAP) - alpha * base.log_softmax(-1)).exp().numpy()
+
+    def tuned_at(normaliser):
+        """p = (1 - s) linear t^alpha / normaliser + s t, solved for every class's t: a quadratic in t^(1/2)."""
+        slope = (1 - share) * linear / normaliser
+        return ((np.sqrt(slope**2 + 4 * share * seen) - slope) / (2 * share)) ** 2
+
+    low, high = 1e-6, 1e6
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if tuned_at(middle).sum() > 1 else (middle, high)
+    np.testing.assert_allclose(tuned_at(low), tuned.softmax(-1).numpy(), rtol=1e-9)
+
+
 def probabilities(logits):
     weights = [math.exp(x) for x in logits]
     return [w / math.fsum(weights) for w in weights]
