@@ -20,7 +20,7 @@ def audited_settings(tiny_models, chat_file):
         "seed": 3,
         "data": {"source": str(chat_file), "client_column": "who", "text_column": "said"},
         "models": {"small": tiny_models["small"], "large": tiny_models["large"], "device": "cpu", "context_length": 24},
-        "lora": {"rank": 2},
+        "lora": {"rank": 8, "layers": 0},
         "federation": {"rounds": 2, "cohort": 6},
         "evaluation": {"records": 10, "bootstrap_samples": 200},
         "audit": {"canaries": 120, "secrets": 1, "record_server_view": True},

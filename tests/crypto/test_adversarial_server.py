@@ -8,6 +8,7 @@ in each test; where it can be, it is the victim's vector in the clear.
 import msgspec
 import pytest
 
+from fedpt_secure.attacks.protocol.adversary import Adversary
 from fedpt_secure.crypto import (
     BelowThreshold,
     ClientPolicy,
@@ -35,80 +36,11 @@ from fedpt_secure.crypto import masks as masks_module
 from fedpt_secure.crypto import messages as m
 from fedpt_secure.crypto.directory import Directory
 from fedpt_secure.crypto.key_agreement import KeyPair, pair_mask_key, self_mask_key, shared_secret
-from fedpt_secure.crypto.neighbours import mask_sign, share_point
+from fedpt_secure.crypto.neighbours import mask_sign
 from fedpt_secure.crypto.packing import unpack
 from fedpt_secure.crypto.prg import apply_masks
 from fedpt_secure.crypto.sealing import SEALED_BYTES, associated_data, unseal
-from fedpt_secure.crypto.shamir import SHARE_BYTES, reconstruct
-
-
-class Adversary:
-    """A server that keeps everything it sees and computes whatever that allows."""
-
-    def __init__(self, a_round, roster):
-        self.round = a_round
-        self.context = a_round.context
-        self.directory = Directory.from_bytes(a_round.directory, self.context, roster)
-        self.seed_shares = {owner: {} for owner in self.directory.members}
-        self.key_shares = {owner: {} for owner in self.directory.members}
-
-    def survivor_list(self, names):
-        positions = [self.context.index_of(name) for name in names]
-        return m.encode(
-            m.Survivors(session=self.context.session_digest, survivors=m.encode_set(positions, self.context))
-        )
-
-    def confirmations(self, signatures):
-        positions = sorted(self.context.index_of(name) for name in signatures)
-        return m.encode(
-            m.Confirmations(
-                session=self.context.session_digest,
-                confirmed=m.encode_set(positions, self.context),
-                signatures=b"".join(signatures[self.context.cohort[position]] for position in positions),
-            )
-        )
-
-    def confirm(self, name, names):
-        """Show `name` a list of survivors and take its signature."""
-        answer = self.round.clients[name].confirm(self.survivor_list(names))
-        return m.decode(answer, m.Confirmation, self.context).signature
-
-    def unmask(self, name, names, signatures):
-        """Show `name` signatures on the list it saw and file the shares it releases."""
-        answer = self.round.clients[name].unmask(self.confirmations(signatures))
-        shares = m.decode(answer, m.Unmasking, self.context, body_bytes=1 << 16).shares
-        records = m.split_records(shares, count=len(self.directory.members), size=SHARE_BYTES, what="shares")
-        for owner, share in zip(self.directory.members, records, strict=True):
-            kind = self.seed_shares if self.context.cohort[owner] in names else self.key_shares
-            kind[owner][share_point(self.context.index_of(name))] = share
-
-    def open(self, names):
-        """The sum over `names` from what was filed; needs their seeds and everybody else's mask keys."""
-        chosen = {self.context.index_of(name) for name in names}
-        bits, length = self.context.ring_bits, self.context.vector_length
-        common = {
-            "session_digest": self.context.session_digest,
-            "directory_digest": self.directory.digest,
-            "model_digest": self.context.model_digest,
-        }
-        total, masks = None, []
-        for name in names:
-            sent = m.decode(self.round.sent["mask"][name], m.MaskedVector, self.context, body_bytes=1 << 20)
-            vector = unpack(sent.vector, length, bits)
-            total = vector if total is None else total + vector
-            owner = self.context.index_of(name)
-            seed = reconstruct(self.seed_shares[owner], threshold=self.context.threshold)
-            masks.append((-1, self_mask_key(seed, owner=name, **common)))
-        for other in self.directory.members:
-            if other in chosen:
-                continue
-            private = reconstruct(self.key_shares[other], threshold=self.context.threshold)
-            for owner in chosen:
-                secret = shared_secret(private, self.directory.advertisements[owner].mask_key)
-                one, two = self.context.cohort[other], self.context.cohort[owner]
-                masks.append((-mask_sign(owner, other), pair_mask_key(secret, one=one, other=two, **common)))
-        apply_masks(total, masks)
-        return total
+from fedpt_secure.crypto.shamir import reconstruct
 
 
 def _split_lists(cohort, a_round):
