@@ -18,7 +18,7 @@ from fedpt_secure.progress import SILENT
 
 ALPHA = 1e-3
 MODES = ("local", "distributed", "client")
-CLIP_NORM = 0.01
+CLIP_NORM = 0.001
 
 
 @pytest.fixture(scope="module")
