@@ -53,8 +53,7 @@ def audit_canaries(
                 _views(subject, chosen),
                 len(planted),
                 subject.models.small,
-                clip_norm=subject.config.privacy.clip_norm,
-                sampling_rate=subject.config.privacy.sampling_rate,
+                uses=subject.config.privacy.sampling_rate * subject.config.training.local_steps,
                 advance=task.advance,
             )
         views.append(_view(RELEASES_VIEW, scores[seen], included[seen], claim, alpha, decisive=True))
@@ -153,17 +152,21 @@ def _views(subject: Subject, groups: list[_Group]) -> Iterator[ReleaseView]:
     owners = by_client(subject.planted)
     index_of = {canary.text: index for index, canary in enumerate(subject.planted.canaries)}
     privacy, training = subject.config.privacy, subject.config.training
+    # The log has each round's *next* clip norm.
+    clip_norms = [privacy.clip_norm, *(line["clip_norm"] for line in subject.directory.read_log("metrics"))]
     for round_index, name, clients in groups:
+        clip_norm = clip_norms[round_index]
         content = load_releases(subject.directory, round_index)
         released = content[name].astype(np.float64)
         # What a release is of the sum of clipped gradients, in clip norms (federation/mechanisms.py).
-        scale = -training.normaliser / (training.local_learning_rate * privacy.clip_norm)
+        scale = -training.normaliser / (training.local_learning_rate * clip_norm)
         if name == "sum":
             scale *= len(clients) * privacy.sampling_rate
         canaries = [canary for client in clients for canary in owners.get(client, ())]
         yield ReleaseView(
             noised_sum=scale * released,
             adapter=content["adapter"],
+            clip_norm=clip_norm,
             known=[subject.small_example(record) for client in clients for record in _known(subject, client)],
             canaries=[index_of[canary.text] for canary in canaries],
             examples=[subject.small_example(Record(canary.text)) for canary in canaries],

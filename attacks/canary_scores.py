@@ -8,9 +8,9 @@ with g_i the clipped gradient of canary i at the adapter the round began with, a
 is a linear model in the coins: c is estimated by least squares, and the log-likelihood ratio of a coin is
 (c_i - 1/2) / variance_i up to the noise's constant. Ratios of several rounds add up.
 
-Where a step samples records (rate q < 1) the known sum and the coins count q times, and what sampling adds is noise;
-where a client takes several steps, gradients are those of the first. Both cost power, never validity: the bound holds
-for whatever guesses.
+Where a release has several steps, or a step samples records (rate q < 1), the known sum and the coins count steps x q
+times; what sampling adds is noise, and gradients are those of the first step, on all tokens. That costs power, never
+validity: the bound holds for whatever guesses.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class ReleaseView:
     Attributes:
         noised_sum: what was released, as a sum of gradients in clip norms, `[d]`.
         adapter: that the gradients were taken at, `[d]`.
+        clip_norm: that they were clipped to.
         known: records whose gradients are in the sum for sure.
         canaries: indices of the canaries that may be in it.
         examples: these canaries' examples, in the same order.
@@ -41,6 +42,7 @@ class ReleaseView:
 
     noised_sum: FloatArray
     adapter: npt.NDArray[np.float32]
+    clip_norm: float
     known: Sequence[SmallExample]
     canaries: Sequence[int]
     examples: Sequence[SmallExample]
@@ -56,14 +58,14 @@ def release_scores(
     canaries: int,
     small: SmallLM,
     *,
-    clip_norm: float,
-    sampling_rate: float,
+    uses: float,
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
     """A score for each canary, and which of them are in some view; the others have 0.
 
     Args:
         small: the model behind the gradients; its adapter is put back.
+        uses: how often a record is in a release on average: steps times sampling rate.
         advance: told how many gradients are done.
     """
     scores, seen = np.zeros(canaries), np.zeros(canaries, dtype=np.bool_)
@@ -71,20 +73,20 @@ def release_scores(
     try:
         for view in views:
             small.load_adapter_vector(view.adapter)
-            directions = np.array(
-                [clipped_sum(small, [example], clip_norm=clip_norm).vector / clip_norm for example in view.examples]
-            )
-            rest = (
-                view.noised_sum - sampling_rate * clipped_sum(small, view.known, clip_norm=clip_norm).vector / clip_norm
-            )
+            directions = np.array([_clipped(small, [example], view.clip_norm) for example in view.examples])
+            rest = view.noised_sum - uses * _clipped(small, view.known, view.clip_norm)
             estimate, variance = least_squares(directions, rest)
             index = np.asarray(view.canaries)
-            scores[index] += (estimate - sampling_rate / 2) / variance
+            scores[index] += (estimate - uses / 2) / variance
             seen[index] = True
             advance(view.gradients)
     finally:
         small.load_adapter_vector(before)
     return scores, seen
+
+
+def _clipped(small: SmallLM, examples: Sequence[SmallExample], clip_norm: float) -> FloatArray:
+    return clipped_sum(small, examples, clip_norm=clip_norm).vector / clip_norm
 
 
 def least_squares(directions: FloatArray, target: FloatArray) -> tuple[FloatArray, FloatArray]:

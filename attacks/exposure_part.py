@@ -15,6 +15,7 @@ from fedpt_secure.data import Cache
 from fedpt_secure.data.planting import Secret
 from fedpt_secure.errors import RunDirectoryError
 from fedpt_secure.federation import RunDirectory, load_planted, run_training
+from fedpt_secure.federation.state import released_adapter
 from fedpt_secure.progress import Progress
 
 FOLDER = "audit/without_dp"
@@ -65,7 +66,7 @@ def _without_dp(subject: Subject, progress: Progress, cache: Cache) -> dict[str,
         raise RunDirectoryError(f"{path} has lost its checkpoint", hint="remove it; the audit trains it again")
     small = subject.models.small
     before = small.adapter_vector()
-    small.load_adapter_vector(checkpoint.tensors["adapter"])
+    small.load_adapter_vector(released_adapter(checkpoint, directory.config()))
     try:
         return _run("without_dp", None, subject, load_planted(directory).secrets, progress)
     finally:

@@ -132,6 +132,8 @@ def canary_section(subject: RunRecord, part: Mapping[str, Any]) -> Section:
 
 def mechanism_section(subject: RunRecord, part: Mapping[str, Any]) -> Section:
     """Noise scale, two worlds, public constants."""
+    if "skipped" in part:  # nothing is claimed that noise could be held to
+        return Section("mechanism", "The mechanism as installed", (f"{part['skipped']}.",))
     noise, worlds, constants = part["noise_scale"], part["two_worlds"], part["public_constants"]
     rows = [
         ("noise, claimed deviation", f"{noise['claimed_deviation']:.6g}"),

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from fedpt_secure.attacks import AuditSettings, run_audit
+from fedpt_secure.attacks import AuditSettings, mechanism_part, run_audit, server_view_part
 from fedpt_secure.config import RunConfig, build, overlay
 from fedpt_secure.data import Cache
 from fedpt_secure.federation import RunDirectory, run_training
@@ -68,8 +68,11 @@ def finished(_finished, tmp_path):
 
 
 @pytest.fixture
-def audit(tmp_path):
-    """`audit(directory, **settings)`: the result."""
+def audit(tmp_path, monkeypatch):
+    """`audit(directory, **settings)`: the result, with sizes that a test can wait for."""
+    monkeypatch.setattr(mechanism_part, "MOST_TRIALS", mechanism_part.FEWEST_TRIALS)
+    monkeypatch.setattr(mechanism_part, "MOST_ROUNDS", 4)
+    monkeypatch.setattr(server_view_part, "MOST_CANDIDATES", server_view_part.FEWEST_CANDIDATES)
 
     def run(directory, **settings):
         return run_audit(

@@ -80,7 +80,7 @@ def test_no_noise_and_a_quarter_of_it_are_flagged_twice(audited_settings, small,
 
 @pytest.mark.parametrize("mode", ["local", "distributed"])
 def test_missing_clipping_is_flagged_by_the_two_worlds(audited_settings, small, record, mode, monkeypatch):
-    unclipped = lambda model, examples, *, clip_norm: clipped_sum(model, examples, clip_norm=math.inf)  # noqa: E731
+    unclipped = lambda model, examples, *, clip_norm, **more: clipped_sum(model, examples, clip_norm=math.inf)  # noqa: E731
     for module in (dp_sgd, client_vectors):
         monkeypatch.setattr(module, "clipped_sum", unclipped)
     assert flagged(observer_of(audited_settings, small, mode, seed=7), record) == (False, True)
