@@ -27,6 +27,7 @@ def test_least_squares_tells_apart_what_overlaps():
     assert (variance >= 1 - 1e-5).all()  # never below what a direction alone would have
 
 
+@pytest.mark.slow
 def test_a_private_run_is_not_contradicted_and_says_what_could_have_been(finished, audit):
     result = audit(finished(), parts=CANARIES)
     view = views_of(result)["releases"]
@@ -36,6 +37,7 @@ def test_a_private_run_is_not_contradicted_and_says_what_could_have_been(finishe
     assert "could have detected eps >" in result["verdict"]["sentence"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["local", "distributed"])
 def test_without_noise_the_coins_are_read_from_the_releases(finished, audit, mode):
     privacy = {"epsilon": float("inf"), "mode": mode}
@@ -46,6 +48,7 @@ def test_without_noise_the_coins_are_read_from_the_releases(finished, audit, mod
     assert result["verdict"]["violations"] == ["canaries"]
 
 
+@pytest.mark.slow
 def test_a_run_without_canaries_keeps_no_releases_and_says_that_nothing_was_planted(finished, audit):
     directory = finished(audit={"canaries": 0})
     assert load_releases(directory, 0) == {}
@@ -54,6 +57,7 @@ def test_a_run_without_canaries_keeps_no_releases_and_says_that_nothing_was_plan
     assert result["checks"] == []
 
 
+@pytest.mark.slow
 def test_the_coins_lie_where_only_the_owner_reads_and_nowhere_else(finished):
     directory = finished()
     path = directory.path / "audit" / "planted.json"
@@ -70,6 +74,7 @@ def test_canaries_in_mode_client_are_refused(audited_settings):
         build(RunConfig, overlay(audited_settings, {"privacy": {"mode": "client"}}))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_trains_on_the_canaries_it_began_with(finished, train_at, tmp_path, monkeypatch):
     from fedpt_secure.data import Cache
     from fedpt_secure.federation import run_training

@@ -68,6 +68,7 @@ def test_figures_are_given_by_repetition():
     assert rows[1]["extracted"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_is_shown_beside_one_without_noise_and_that_one_is_trained_once(finished, audit, monkeypatch):
     directory = finished(audit={"canaries": 0, "secrets": 1})
     first = audit(directory, parts=("exposure",))
@@ -80,6 +81,7 @@ def test_a_run_is_shown_beside_one_without_noise_and_that_one_is_trained_once(fi
     assert again["parts"]["exposure"]["runs"] == first["parts"]["exposure"]["runs"]
 
 
+@pytest.mark.slow
 def test_a_run_without_secrets_says_so(finished, audit):
     result = audit(finished(audit={"secrets": 0}), parts=("exposure",))
     assert "train --secrets" in result["parts"]["exposure"]["skipped"]

@@ -54,12 +54,12 @@ def flagged(observer, record, *, trials=40, alpha=ALPHA):
     return scale["violation"], worlds["violation"]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["local", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])])
 def test_what_is_built_is_not_flagged(audited_settings, small, record, mode):
     assert flagged(observer_of(audited_settings, small, mode, seed=5), record) == (False, False)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["local", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])])
 @pytest.mark.parametrize("factor", [0.0, 0.25])
 def test_no_noise_and_a_quarter_of_it_are_flagged_twice(audited_settings, small, record, mode, factor, monkeypatch):
     gaussian, discrete = _KeystreamRandom.gaussian, _KeystreamRandom.discrete_gaussian
@@ -78,7 +78,7 @@ def test_no_noise_and_a_quarter_of_it_are_flagged_twice(audited_settings, small,
     assert flagged(observer_of(audited_settings, small, mode, seed=6), record) == (True, True)
 
 
-@pytest.mark.parametrize("mode", ["local", "distributed"])
+@pytest.mark.parametrize("mode", ["local", pytest.param("distributed", marks=pytest.mark.slow)])
 def test_missing_clipping_is_flagged_by_the_two_worlds(audited_settings, small, record, mode, monkeypatch):
     unclipped = lambda model, examples, *, clip_norm, **more: clipped_sum(model, examples, clip_norm=math.inf)  # noqa: E731
     for module in (dp_sgd, client_vectors):

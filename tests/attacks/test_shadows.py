@@ -27,6 +27,7 @@ def test_what_makes_a_record_easy_is_taken_out_by_the_shadows():
     assert auc(scores[member], scores[~member])["value"] > 0.8 > 0.65 > plain
 
 
+@pytest.mark.slow
 def test_shadows_are_trained_once_and_only_those_that_are_missing(finished, audit, monkeypatch):
     from fedpt_secure.attacks import shadows_part
 
@@ -43,5 +44,6 @@ def test_shadows_are_trained_once_and_only_those_that_are_missing(finished, audi
     assert more["parts"]["shadows"]["views"][0]["headline"] == "rmia"
 
 
+@pytest.mark.slow
 def test_without_shadows_the_part_says_how_to_have_them(finished, audit):
     assert "--shadows" in audit(finished(), parts=("shadows",))["parts"]["shadows"]["skipped"]

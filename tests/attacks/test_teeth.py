@@ -13,6 +13,8 @@ from fedpt_secure.crypto import client as client_module
 from fedpt_secure.crypto.prg import apply_masks
 from fedpt_secure.privacy.noise import _KeystreamRandom
 
+pytestmark = pytest.mark.slow  # whole runs, trained and audited; the default suite has each check by itself
+
 ALPHA = 0.05  # of which the checks below take a fiftieth each
 
 
