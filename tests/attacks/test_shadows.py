@@ -10,10 +10,10 @@ from fedpt_secure.attacks.shadows import rmia_scores
 
 
 def test_the_score_is_the_share_of_records_whose_ratio_is_passed():
-    audited = np.log(np.array([0.4, 0.2, 0.1]))
+    audited = np.log(np.array([0.5, 0.2, 0.1]))
     shadows = np.log(np.array([[0.1, 0.1, 0.1], [0.3, 0.1, 0.3]]))
-    # Ratios: 0.4/0.2 = 2, 0.2/0.1 = 2, 0.1/0.2 = 0.5.
-    assert rmia_scores(audited, shadows) == pytest.approx([2 / 3, 2 / 3, 0.0], abs=1e-6)
+    # Ratios: 0.5/0.2 = 2.5, 0.2/0.1 = 2, 0.1/0.2 = 0.5.
+    assert rmia_scores(audited, shadows) == pytest.approx([2 / 3, 1 / 3, 0.0], abs=1e-6)
 
 
 def test_what_makes_a_record_easy_is_taken_out_by_the_shadows():
