@@ -53,6 +53,9 @@ NO_CHOICE = (
     "Averages over held-out private records, which chose nothing in this run. Choosing a run, a rule or a stopping "
     "point by them would cost privacy that no ledger counts."
 )
+OF_A_CEILING = (
+    "The ceiling's figures come from a model trained on all training records without privacy: no epsilon covers them."
+)
 ALONE = SteeringRule(alpha=0.0)
 SMALL_ALONE = SteeringRule(alpha=0.0, shares=((0, 1.0),))
 """The tuned small LM; tokens it cannot tell apart share its unknown class in the large model's proportions."""
@@ -125,7 +128,7 @@ def evaluate_run(directory: RunDirectory, asked: EvaluateConfig, *, cache: Cache
             "small": config.models.small,
         },
         "black_box": run.models.black_box_document(),
-        "statement": NO_CHOICE,
+        "statement": NO_CHOICE if ceiling is None else f"{NO_CHOICE} {OF_A_CEILING}",
     }
     files.write_json(directory.path / "evaluation.json", result)
     return result

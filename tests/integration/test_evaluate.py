@@ -61,6 +61,7 @@ def test_text_gets_the_losses_of_its_own_report_and_the_share_of_the_gap(tiny_se
     assert found["privacy"]["epsilon"] == summary["privacy"]["epsilon"]
     assert found["responses"] is None
     assert "chose nothing" in found["statement"]
+    assert "without privacy: no epsilon covers them" in found["statement"]
     assert found == json.loads((directory.path / "evaluation.json").read_text())
     assert (directory.path / "checkpoint" / "state.safetensors").read_bytes() == checkpoint
     assert "WITHOUT privacy" in result.stderr
