@@ -59,7 +59,7 @@ def test_a_served_run_answers_says_what_it_gives_away_and_ends_in_order(run_dire
             assert len(answer.choices[0].logprobs.token_logprobs) <= 3
             chunks = iter(
                 client.completions.create(
-                    model="my-run", prompt="xyzzy hey", max_tokens=40, seed=1, stream=True, extra_body={"alpha": 0.1}
+                    model="my-run", prompt="xyzzy hey", max_tokens=8, seed=1, stream=True, extra_body={"alpha": 0.1}
                 )
             )
             first = next(chunks)
