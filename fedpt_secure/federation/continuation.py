@@ -47,8 +47,9 @@ def continuations(
 
     Args:
         chat: wrap the prompt in the model's chat format.
-        alpha: weight of the shift; None for the run's.
-        shares: the tuned small LM's own share by place; None for the run's.
+        alpha: weight of the shift, which takes the run's shares with it in proportion; None for the run's, 0 for the
+            large model alone.
+        shares: the tuned small LM's own share by place, as it is; None for the run's.
         seed: of the sampling, where the temperature is not 0; the choice of a token is no secret.
         top_k, repetition_penalty, stop: as in `DecodingSettings`.
         speculate: guess several tokens per call of the large model.
@@ -75,10 +76,9 @@ def continuations(
         ids = [tokenizer.separator_id, *template.opening, *tokenizer.ids(prompt), *template.turn]
         first_place = 0
     of_run = SteeringRule.of(config.proxy, responses=chat)
-    rule = SteeringRule(
-        alpha=of_run.alpha if alpha is None else alpha,
-        shares=of_run.shares if shares is None else shares,
-    )
+    rule = of_run if alpha is None else of_run.at_strength(alpha)
+    if shares is not None:
+        rule = SteeringRule(alpha=rule.alpha, shares=shares)
     if rule.blends and not models.shows_logprobs:
         progress.note("the API shows no log-probabilities: steering by alpha alone, without the small LM's own share")
         rule = SteeringRule(alpha=rule.alpha)

@@ -81,6 +81,22 @@ class SteeringRule:
         """Whether the tuned small LM's own prediction has a share anywhere."""
         return any(share > 0 for _, share in self.shares)
 
+    def at_strength(self, alpha: float) -> SteeringRule:
+        """This rule with its alpha turned to another value, and the shares with it, in proportion and up to 1.
+
+        A user's dial at decode time: 0 is the large model alone, whatever the shares are. A rule whose own alpha is 0
+        has no proportion; its shares stay, except at 0.
+
+        Raises:
+            ConfigError: alpha is negative or not finite.
+        """
+        if not 0 <= alpha < math.inf:
+            raise ConfigError(f"alpha is {alpha}; it must be a finite number of at least 0")
+        if alpha == 0:
+            return SteeringRule(alpha=0.0)
+        factor = alpha / self.alpha if self.alpha else 1.0
+        return SteeringRule(alpha, tuple((place, min(1.0, share * factor)) for place, share in self.shares))
+
     def share_at(self, places: Tensor) -> Tensor:
         """The tuned small LM's share at each place: int64 `[...]` gives float64 `[...]`."""
         starts = torch.tensor([start for start, _ in self.shares], dtype=torch.int64, device=places.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fedpt_secure.data import Cache
@@ -59,9 +59,9 @@ class ServedRun:
     large_model_at: str | None = None
 
     def rule_at(self, alpha: float | None, prompt: Prompt) -> SteeringRule:
-        """The run's rule for such a prompt, with another weight of the shift where one is given."""
+        """The run's rule for such a prompt, turned to another strength where one is given (0: the large model)."""
         rule = self.response_rule if prompt.response else self.rule
-        return rule if alpha is None else replace(rule, alpha=alpha)
+        return rule if alpha is None else rule.at_strength(alpha)
 
     def text_prompt(self, prompt: str) -> Prompt:
         """A plain text to continue, opened by the separator as in training."""

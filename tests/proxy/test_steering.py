@@ -253,3 +253,15 @@ def test_a_runs_settings_become_its_rule():
     settings = ProxyConfig(alpha=0.4, shares=texts, response_shares=responses)
     assert SteeringRule.of(settings, responses=False) == SteeringRule(0.4, texts)
     assert SteeringRule.of(settings, responses=True) == SteeringRule(0.4, responses)
+
+
+def test_the_dial_takes_the_shares_with_it_and_ends_at_the_large_model_alone():
+    rule = SteeringRule(alpha=0.5, shares=((0, 0.8), (2, 0.1)))
+    assert rule.at_strength(0.5) == rule
+    assert rule.at_strength(0.0) == SteeringRule(alpha=0.0)
+    assert not rule.at_strength(0.0).needs_the_small_lm
+    assert rule.at_strength(1.0) == SteeringRule(alpha=1.0, shares=((0, 1.0), (2, 0.2)))
+    assert SteeringRule(alpha=0.0, shares=((0, 0.8),)).at_strength(1.0).shares == ((0, 0.8),)
+    for bad in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="alpha"):
+            rule.at_strength(bad)

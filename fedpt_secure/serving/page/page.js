@@ -44,7 +44,7 @@ async function describeRun() {
     $("alpha").value = Math.min(2, run.alpha);
     if (run.shares.length) {
       $("alpha-help").textContent =
-        "0 takes the shift away; this run also mixes the small model in by place. Moving it answers the same prompt again.";
+        "0 is the large model alone; the small model's own share moves along. Moving it answers the same prompt again.";
     }
     showAlpha();
     $("chat").disabled = !run.chat;
