@@ -14,7 +14,7 @@ over the held-out records, in nats per token, with a percentile bootstrap over r
 directly tuned model is that of `utility_ceiling.py`: without privacy, centrally, on so many records as `ceiling` says;
 its losses per record stand in `ceilings.json` by the digest of the records, so that other records are never compared.
 
-Settings are one recipe for all data sets (`RECIPE`), fixed on development text (docs/LOG.md); `--set
+Settings are one recipe for all data sets (`RECIPE`), set from the log and from what a run costs, not tuned; `--set
 section.key=value` changes them. `minutes` is CPU time of all threads, held-out evaluation included; `--minutes M` gives
 M / 30 of the recipe's rounds.
 """

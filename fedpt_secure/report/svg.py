@@ -97,6 +97,8 @@ def _range(axis: Axis, values: Sequence[float], *, from_zero: bool) -> tuple[flo
         if from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
         pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+        if from_zero and low == high:  # all bars are 0
+            high = pad
         low, high = (low if from_zero and low == 0 else low - pad), (high if from_zero and high == 0 else high + pad)
     return (low if axis.low is None else axis.low), (high if axis.high is None else axis.high)
 

@@ -64,3 +64,8 @@ def test_long_lines_have_no_markers_but_still_a_path():
     root = drawn(figure((Series("s", "line", places, places),)))
     assert [element for element in root.iter() if element.get("class") == "line"]
     assert not [element for element in root.iter() if element.get("class") == "mark"]
+
+
+def test_bars_that_are_all_zero_are_drawn_on_an_axis_of_their_own():
+    root = drawn(figure((Series("s", "bars", (0.0, 1.0), (0.0, 0.0)),)))
+    assert len([element for element in root.iter() if element.get("class") == "mark"]) == 2
