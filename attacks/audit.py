@@ -100,6 +100,8 @@ def _run(directory: RunDirectory, settings: AuditSettings, cache: Cache, progres
     claim = claim_of(subject.statement, settings.claimed_epsilon)
     audit = Audit(subject, claim, settings, budget, progress, cache)
     key = {"subject": subject.digest, "settings": settings.model_dump(exclude={"parts", "fresh"})}
+    # Per-record figures and what shadows learned are the auditor's; a report copies what may be shown.
+    (directory.path / "audit").mkdir(mode=0o700, exist_ok=True)
     store = PartStore(directory.path / "audit" / "parts", key=key, fresh=settings.fresh)
     findings: dict[str, Finding] = {}
     seconds: dict[str, float] = {}

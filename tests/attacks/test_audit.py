@@ -38,6 +38,12 @@ def test_a_bare_run_held_to_epsilon_4_is_a_violation(finished, audit):
     assert audit(bare, parts=("accounting",))["verdict"]["violation"] is False  # it claims nothing
 
 
+def test_an_audits_folder_is_closed_to_others_also_where_nothing_was_planted(finished, audit):
+    bare = finished(privacy={"epsilon": float("inf")}, audit={"canaries": 0, "secrets": 0, "record_server_view": False})
+    audit(bare, parts=("accounting",))
+    assert (bare.path / "audit").stat().st_mode & 0o077 == 0
+
+
 def test_a_run_that_is_held_to_less_than_it_spent_is_a_violation(finished, audit):
     directory = finished()
     assert audit(directory, parts=("accounting",), claimed_epsilon=4.0)["verdict"]["violation"] is False
