@@ -10,7 +10,7 @@ from fedpt_secure import __version__
 from fedpt_secure.errors import ConfigError
 from fedpt_secure.report.audit_sections import audit_sections, audit_verdict
 from fedpt_secure.report.document import Headline, Report
-from fedpt_secure.report.run_record import RunRecord, find_runs, load_run
+from fedpt_secure.report.run_record import RunRecord, find_runs, load_run, unfinished_runs
 from fedpt_secure.report.run_sections import (
     configuration_section,
     cost_section,
@@ -43,7 +43,7 @@ def compose_report(paths: Sequence[Path], *, subject: str | None = None, title: 
         runs=tuple(run.name for run in ordered),
         headline=_headline(chosen),
         sections=(
-            utility_section(chosen, ordered),
+            utility_section(chosen, ordered, left_out=unfinished_runs(list(paths))),
             *audit_sections(chosen, ordered),
             privacy_section(chosen, ordered),
             cost_section(chosen),

@@ -84,7 +84,10 @@ def load_run(path: Path, name: str) -> RunRecord:
 
 
 def find_runs(paths: list[Path]) -> list[tuple[str, Path]]:
-    """The runs that were named, and those inside directories that hold runs (a sweep), each under a unique name.
+    """The runs that were named, and the finished ones inside directories that hold runs, each under a unique name.
+
+    A sweep may hold cells that were refused or are still at work (`unfinished_runs`); a run that is named itself is
+    not passed over.
 
     Raises:
         RunDirectoryError: a path is neither a run nor holds any.
@@ -94,11 +97,25 @@ def find_runs(paths: list[Path]) -> list[tuple[str, Path]]:
         inner = list(_runs_in(path))
         if not inner:
             raise RunDirectoryError(
-                f"{path} is not a run directory and holds none", hint="a directory with config.toml, or a sweep's"
+                f"{path} is not a run directory and holds no finished one",
+                hint="a directory with config.toml, or a sweep's",
             )
         found += [run for run in inner if run not in found]
     names = _unique_names(found)
     return list(zip(names, found, strict=True))
+
+
+def unfinished_runs(paths: list[Path]) -> list[str]:
+    """Names of runs inside the directories that `find_runs` passes over: refused, interrupted or still at work."""
+    return [
+        run.name
+        for path in paths
+        if not (path / "config.toml").is_file()
+        for place in (path, path / "cells")
+        if place.is_dir()
+        for run in sorted(place.iterdir())
+        if (run / "config.toml").is_file() and not (run / "summary.json").exists()
+    ]
 
 
 def _runs_in(path: Path) -> Iterator[Path]:
@@ -107,7 +124,11 @@ def _runs_in(path: Path) -> Iterator[Path]:
         return
     for place in (path, path / "cells"):
         if place.is_dir():
-            yield from sorted(entry for entry in place.iterdir() if (entry / "config.toml").is_file())
+            yield from sorted(
+                entry
+                for entry in place.iterdir()
+                if (entry / "config.toml").is_file() and (entry / "summary.json").exists()
+            )
 
 
 def _unique_names(paths: list[Path]) -> list[str]:

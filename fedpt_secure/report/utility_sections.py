@@ -19,8 +19,8 @@ ARM_NAMES = {
 _ARM_COLOURS = {"large_base": 6, "small_base": 3, "small_tuned": 1, "proxy_tuned": 0}
 
 
-def utility_section(subject: RunRecord, runs: Sequence[RunRecord]) -> Section:
-    """What tuning gained: the four arms, by epsilon where the runs have several."""
+def utility_section(subject: RunRecord, runs: Sequence[RunRecord], *, left_out: Sequence[str] = ()) -> Section:
+    """What tuning gained: the four arms, by epsilon where the runs have several; runs without a result by name."""
     items: list[Figure | Table] = [_arms_table(subject)]
     if subject.evaluation is not None:
         items += _ceiling(subject) + _responses(subject)
@@ -34,6 +34,7 @@ def utility_section(subject: RunRecord, runs: Sequence[RunRecord]) -> Section:
         (
             "Held-out loss in nats per token of the large vocabulary; lower is better. The large LM alone is what there"
             " was before. The tuned small LM alone is always shown: where it is better, nobody needs the large one.",
+            *((f"Without a result, refused or not finished: {', '.join(left_out)}.",) if left_out else ()),
         ),
         tuple(items),
     )

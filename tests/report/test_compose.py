@@ -131,7 +131,7 @@ def test_a_summary_with_a_figure_that_is_no_number_is_refused(runs):
 def test_a_directory_that_holds_runs_stands_for_them_and_an_empty_one_is_refused(runs, tmp_path):
     assert set(compose_report([tmp_path]).runs) == {"private", "bare"}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunDirectoryError, match="holds none"):
+    with pytest.raises(RunDirectoryError, match="no finished one"):
         compose_report([tmp_path / "empty"])
 
 
@@ -139,3 +139,12 @@ def test_a_subject_that_is_not_there_is_refused_with_the_names_that_are(runs):
     with pytest.raises(ConfigError, match="nobody") as caught:
         compose_report([runs["private"]], subject="nobody")
     assert "private" in caught.value.hint
+
+
+def test_a_cell_without_a_result_is_left_out_by_name_and_a_named_one_is_an_error(runs, tmp_path):
+    (runs["bare"] / "summary.json").unlink()
+    report = compose_report([tmp_path])
+    assert report.runs == ("private",)
+    assert any("not finished: bare" in line for line in report.sections[0].text)
+    with pytest.raises(RunDirectoryError, match="has not finished"):
+        compose_report([runs["private"], runs["bare"]])
