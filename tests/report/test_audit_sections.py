@@ -193,7 +193,15 @@ def test_every_part_has_its_section_and_every_figure_its_data(audited):
         ),
     }
     keys = {figure.key for figure in report.figures}
-    assert keys >= {"claimed-and-measured", "roc", "scores", "bits", "exposure-by-repetition", "canary-scores-releases"}
+    assert keys >= {
+        "claimed-and-measured",
+        "roc",
+        "scores",
+        "bits",
+        "bits-by-noise",
+        "exposure-by-repetition",
+        "canary-scores-releases",
+    }
     page = render_html(report)
     for expected in (
         "could have detected eps &gt; 3.50",
