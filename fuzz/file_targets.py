@@ -99,6 +99,7 @@ def _checkpoint_seeds() -> Sequence[bytes]:
 
     (_scratch() / "checkpoint").mkdir(exist_ok=True)
     directory = RunDirectory(_scratch())
+    names = ("adapter", "first_moment", "second_moment", "seen", "average")
     directory.save_checkpoint(
         Checkpoint(
             run_id=bytes(16),
@@ -106,7 +107,7 @@ def _checkpoint_seeds() -> Sequence[bytes]:
             config_toml="seed = 0\n",
             data_digest="d" * 64,
             model_digest="m" * 64,
-            tensors={name: np.zeros(3, np.float32) for name in ("adapter", "first_moment", "second_moment")},
+            tensors={name: np.zeros(3, np.float32) for name in names},
             scalars={"optimizer_steps": 2, "seconds": {"rounds": 1.5}, "clip_norm": 0.1},
         )
     )

@@ -12,8 +12,9 @@ class AnswerText:
     """Text from ids, released as soon as it is certain.
 
     Guarantees: the released pieces join to the text of all ids, up to the first stop string, which is not part of it,
-    however the text is cut into tokens. A character that is spread over several tokens is released with the last of
-    them; text that may be the beginning of a stop string is held back until it is decided.
+    however the text is cut into tokens. Bytes at the end that are no character are text, but never a stop string. A
+    character that is spread over several tokens is released with the last of them; text that may be the beginning of a
+    stop string is held back until it is decided.
 
     Args:
         decode: the text of some ids. The text of more ids must go on from it, but for replacement characters at its
@@ -41,7 +42,9 @@ class AnswerText:
         if self.stopped:
             return ""
         whole = self._decode(self._ids)
-        return self._release(whole, len(whole), hold=False)
+        piece = self._release(whole, len(whole.rstrip(_PARTIAL)), hold=False)
+        rest, self._released = whole[self._released :], len(whole)
+        return piece + rest
 
     def _release(self, whole: str, certain: int, *, hold: bool) -> str:
         begin = max(0, self._searched - self._longest + 1)

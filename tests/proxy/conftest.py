@@ -464,7 +464,7 @@ def tiny_gguf(tmp_path_factory) -> tuple[Path, Path]:
     """One random model over the small byte tokenizer, its output layer padded, as GGUF and as a Transformers folder."""
     folder = tmp_path_factory.mktemp("tiny-gguf")
     tokenizer = byte_tokenizer()
-    model = llama(7, vocab_size=tokenizer.get_vocab_size() + 6, max_position_embeddings=128)
+    model = make_llama(7, vocab_size=tokenizer.get_vocab_size() + 6, max_position_embeddings=128)
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_gguf(folder / "tiny.gguf", model, tokenizer, pre="gpt-2")

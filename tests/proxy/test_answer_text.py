@@ -61,3 +61,10 @@ def test_what_was_held_back_comes_at_the_end(held):
     answer = AnswerText(decoded([b"a", held]), ["stop"])
     assert answer.add(0) + answer.add(1) == "a"
     assert answer.finish() == held.decode(errors="replace")
+
+
+def test_bytes_that_are_no_character_are_told_at_the_end_and_are_no_stop_string():
+    answer = AnswerText(decoded([b"a", b"\xf0"]), ["\ufffd"])
+    assert answer.add(0) + answer.add(1) == "a"
+    assert answer.finish() == "\ufffd"
+    assert not answer.stopped
