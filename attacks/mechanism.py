@@ -31,7 +31,7 @@ from fedpt_secure.federation.mechanisms import (
     build_mechanism,
     honest_survivors,
 )
-from fedpt_secure.federation.population import client_randomness
+from fedpt_secure.federation.terms import client_randomness
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy import SmallExample, clipped_sum
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -11,9 +10,8 @@ from fedpt_secure.attacks.mechanism import Observer, longest_gradient, noise_sca
 from fedpt_secure.attacks.public_constants import compare_public_constants
 from fedpt_secure.attacks.settings import TimeBudget
 from fedpt_secure.attacks.subject import Claim, Subject
-from fedpt_secure.federation.population import calibrate
-from fedpt_secure.federation.schedule import participations
 from fedpt_secure.federation.setup import load_public_text
+from fedpt_secure.federation.terms import calibrate
 from fedpt_secure.privacy import SmallExample
 from fedpt_secure.progress import Progress
 
@@ -38,14 +36,7 @@ def audit_mechanism(subject: Subject, claim: Claim, budget: TimeBudget, progress
     if claim.noise_multiplier is None or claim.epsilon is None:
         result["skipped"] = "no noise is claimed"
     else:
-        built = 0.0
-        if math.isfinite(config.privacy.epsilon):
-            built = calibrate(
-                config,
-                most_rounds=max(participations(subject.schedule).values()),
-                records={client.client_id: len(client.train) for client in subject.text.clients},
-            )
-        observer = Observer.of(config, small, noise_multiplier=built)
+        observer = Observer.of(config, small, noise_multiplier=calibrate(config, subject.schedule))
         texts = load_public_text(subject.models.tokenizer, context_length=config.models.context_length).sequences
         examples = [SmallExample(tuple(small.token_map.to_small(ids)), 1) for ids in texts[:_PUBLIC_TEXTS]]
         record, length = longest_gradient(small, examples)

@@ -5,36 +5,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fedpt_secure import files
 from fedpt_secure.config import RunConfig
 from fedpt_secure.data import Cache, FederatedText, load_federated_text
-from fedpt_secure.errors import LedgerError, ModelError, RoundError
+from fedpt_secure.errors import LedgerError
 from fedpt_secure.evaluation import ArmsEvaluation, evaluate_arms
-from fedpt_secure.federation.aggregation import Aggregation, aggregation_of, privacy_document
+from fedpt_secure.federation.aggregation import Aggregation, aggregation_of
 from fedpt_secure.federation.audit_record import AuditRecorder, planted_text
-from fedpt_secure.federation.client import LARGEST_ADAPTER_ENTRY
 from fedpt_secure.federation.local_engine import Transcript, draw_dropouts, run_round
-from fedpt_secure.federation.mechanisms import RingNoiseMechanism, build_mechanism
-from fedpt_secure.federation.population import Population, build_population, calibrate
+from fedpt_secure.federation.mechanisms import RingNoiseMechanism
+from fedpt_secure.federation.outcome import completed_rounds, publish, statement_of, take_step
+from fedpt_secure.federation.population import Population, build_population
 from fedpt_secure.federation.prepared_text import held_out_sample, large_examples, training_examples
 from fedpt_secure.federation.run_directory import RunDirectory
-from fedpt_secure.federation.schedule import cohort_schedule, participations
+from fedpt_secure.federation.schedule import cohort_schedule
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.federation.setup import RunModels, load_models
 from fedpt_secure.federation.state import RunState, restore, save
-from fedpt_secure.federation.tiers import TrainingPlan, require_memory
-from fedpt_secure.privacy import (
-    GaussianSteps,
-    PrivacyStatement,
-    local_statement,
-    ring_statement,
-)
+from fedpt_secure.federation.terms import agreed_terms, calibrate, require_meaningful_delta
+from fedpt_secure.federation.tiers import require_memory
+from fedpt_secure.privacy import GaussianSteps, PrivacyStatement, Release
 from fedpt_secure.progress import Progress
 from fedpt_secure.proxy import SteeringRule
 
@@ -89,38 +84,26 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
         text.client_ids, rounds=config.federation.rounds, cohort=config.federation.agreed_cohort, seed=config.seed
     )
     text = planted_text(config, text, schedule, directory)
-    noise_multiplier = calibrate(
-        config,
-        most_rounds=max(participations(schedule).values()),
-        records={client.client_id: len(client.train) for client in text.clients},
-    )
+    require_meaningful_delta(config, {client.client_id: len(client.train) for client in text.clients})
+    noise_multiplier = calibrate(config, schedule)
     models = load_models(config, cache=cache, progress=progress)
     small = models.small
     if models.source is not None:
         models.black_box(progress)  # an API that cannot be evaluated is missed now, not after the last round
     train = training_examples(text, models, config)
     require_memory(config, small)
-    plan = TrainingPlan.of(config, text.client_ids, small.adapted_layers)
-    mechanism = build_mechanism(config, noise_multiplier=noise_multiplier, dimension=small.dimension)
-    state = restore(directory, config, text, small)
-    recorder = AuditRecorder(directory, config)
-    population = build_population(
-        config,
-        text,
-        train,
-        schedule=schedule,
-        run_id=state.run_id,
-        mechanism=mechanism,
-        directory=directory,
-        recorder=recorder,
-        new=state.new,
-        plan=plan,
+    state = restore(directory, config, text.digest, small)
+    terms = agreed_terms(
+        config, text.client_ids, schedule, run_id=state.run_id, small=small, noise_multiplier=noise_multiplier
     )
+    recorder = AuditRecorder(directory, config)
+    population = build_population(terms, text, train, directory=directory, recorder=recorder, new=state.new)
+    mechanism = terms.mechanism
     if isinstance(mechanism, RingNoiseMechanism):
         _require_counted_as(mechanism.cost, population)
     if state.new:
         directory.save_config(config)
-        save(directory, state, config, text, small)
+        save(directory, state, config, text.digest, small)
     for worker in population.workers.values():
         worker.settle(state.rounds_done)
     attempt = directory.count_start()
@@ -144,26 +127,17 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
             directory.append(
                 "metrics", mark | {"adapter_norm": length, "clip_norm": state.clip_norm, "aborted": aborted}
             )
-            save(directory, state, config, text, small)
+            save(directory, state, config, text.digest, small)
             for client in cohort:
                 population.workers[client].settle(state.rounds_done)
             bar.describe(f"adapter norm {length:.3f}" + (" (round aborted)" if aborted else ""))
             bar.advance()
 
-    transcripts = directory.read_log("transcript")
-    if all(line["aborted"] for line in transcripts):
-        declined = set().union(*(line.get("declined", ()) for line in transcripts))
-        raise RoundError(
-            f"all {len(transcripts)} rounds were aborted; the last because: {transcripts[-1]['aborted']}",
-            hint=f"{len(declined)} clients are over their own budgets, which `fedpt-secure ledger show` prints: a "
-            "smaller --epsilon, fewer rounds or other clients; only a ledger's owner raises its budget"
-            if declined
-            else "fewer dropouts, larger cohorts, or a smaller --minimum-survivors",
-        )
-    small.load_adapter_vector(state.average.value(small.adapter_vector()))
-    statement = _with_planted(_statement(config, population, transcripts), config)
-    files.write_json(directory.path / "privacy.json", privacy_document(statement, aggregation))
-    directory.replace_adapter(small.save_adapter, readme=_adapter_readme(statement, config, small.name))
+    transcripts = completed_rounds(directory)
+    releases = {client: worker.releases for client, worker in population.workers.items()}
+    _require_counted(releases, transcripts)
+    statement = statement_of(terms, releases, transcripts)
+    publish(directory, statement, aggregation, state, small)
 
     # 3. One look at the held-out records, by all four arms.
     began = time.perf_counter()
@@ -230,17 +204,8 @@ def _round(
     recorder.end(round_index, None if aggregate is None else aggregate.mean_update)
     small.load_adapter_vector(adapter)
     if aggregate is not None:
-        state.clip_norm = aggregate.clip_norm
-        moved, state.optimizer = state.optimizer.apply(adapter, aggregate.mean_update, trained=aggregate.trained)
-        if not np.abs(moved).max() <= LARGEST_ADAPTER_ENTRY:
-            raise ModelError(
-                f"training diverged in round {round_index}: the adapter is no longer finite or small",
-                hint="a smaller --server-learning-rate; a new run",
-            )
-        small.load_adapter_vector(moved)
-        if config.proxy.distill_steps:
-            models.distil(config, round_index, progress)
-        state.average = state.average.with_iterate(small.adapter_vector())
+        distil = partial(models.distil, config, round_index, progress) if config.proxy.distill_steps else None
+        take_step(config, state, small, aggregate, round_index, distil=distil)
     return transcript
 
 
@@ -260,13 +225,12 @@ def _require_counted_as(cost: GaussianSteps, population: Population) -> None:
                 )
 
 
-def _statement(config: RunConfig, population: Population, transcripts: Sequence[Mapping[str, Any]]) -> PrivacyStatement:
-    """The statement over what the ledgers counted, which must cover every update that was summed.
+def _require_counted(releases: Mapping[str, Sequence[Release]], transcripts: Sequence[Mapping[str, Any]]) -> None:
+    """Every update that was summed must stand in its client's ledger.
 
     Raises:
         LedgerError: a client's update is in a sum but not in its ledger.
     """
-    releases = {client: worker.releases for client, worker in population.workers.items()}
     for line in transcripts:
         for client in line["survivors"]:
             if line["round"] not in {release.round_index for release in releases.get(client, ())}:
@@ -274,54 +238,3 @@ def _statement(config: RunConfig, population: Population, transcripts: Sequence[
                     f"the ledger of client {client} does not know its update in round {line['round']}",
                     hint="restore the run's clients/ folder; no epsilon can be stated without it",
                 )
-    noise_is_private = all(release.noise_is_private for rows in releases.values() for release in rows)
-    mechanism = population.terms.mechanism
-    if isinstance(mechanism, RingNoiseMechanism):
-        return ring_statement(
-            {client: [release.round_index for release in rows] for client, rows in releases.items()},
-            survivors={line["round"]: len(line["survivors"]) for line in transcripts if line["survivors"]},
-            mechanism=mechanism.ring,
-            by_client=config.privacy.mode == "client",
-            sampling_rate=config.privacy.sampling_rate,
-            delta=config.privacy.delta,
-            clip_norm=_clip_norm_in_words(config),
-            corrupt_clients=config.corrupt_clients,
-            noise_is_private=noise_is_private,
-        )
-    return local_statement(
-        {client: tuple(release.spent for release in rows) for client, rows in releases.items()},
-        delta=config.privacy.delta,
-        clip_norm=config.privacy.clip_norm,
-        noise_is_private=noise_is_private,
-    )
-
-
-def _clip_norm_in_words(config: RunConfig) -> str:
-    privacy = config.privacy
-    if privacy.clipping == "fixed":
-        return f"{privacy.clip_norm:g}"
-    return f"the private {privacy.clip_quantile:g} quantile of earlier rounds (first {privacy.clip_norm:g})"
-
-
-def _with_planted(statement: PrivacyStatement, config: RunConfig) -> PrivacyStatement:
-    """The statement of a run that was planted for an audit says so: its claim is for records that are nobody's too."""
-    if not config.audit.plants:
-        return statement
-    said = (
-        f"{_planted_in_words(config)}: whoever has the run's audit/ folder can measure what the adapter tells about "
-        "them, and the copies of one secret are as many records"
-    )
-    return replace(statement, not_covered=(*statement.not_covered, said))
-
-
-def _planted_in_words(config: RunConfig) -> str:
-    return (
-        f"records planted for an audit ({config.audit.canaries} canaries, {config.audit.secrets} secrets for each "
-        "number of copies), which the adapter was trained on beside the clients' own"
-    )
-
-
-def _adapter_readme(statement: PrivacyStatement, config: RunConfig, base: str) -> str:
-    audited = f"\nAn audit's object: {_planted_in_words(config)}.\n" if config.audit.plants else ""
-    heading = f"# LoRA adapter of a fedpt-secure run\n\nBase model: {base} small LM.\n\n"
-    return f"{heading}Privacy: {statement.claim()}\n{audited}"

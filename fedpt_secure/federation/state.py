@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpt_secure.config import RunConfig, build
-from fedpt_secure.data import FederatedText
 from fedpt_secure.errors import RunDirectoryError
 from fedpt_secure.federation.iterate_average import IterateAverage
 from fedpt_secure.federation.run_directory import Checkpoint, RunDirectory, new_run_id
@@ -48,8 +47,11 @@ def released_adapter(checkpoint: Checkpoint, config: RunConfig) -> FloatVector:
     return average.value(checkpoint.tensors["adapter"].astype(np.float32))
 
 
-def restore(directory: RunDirectory, config: RunConfig, text: FederatedText, small: SmallLM) -> RunState:
+def restore(directory: RunDirectory, config: RunConfig, data_digest: str, small: SmallLM) -> RunState:
     """The state after the last checkpoint, its adapter loaded, or the state before the first round.
+
+    Args:
+        data_digest: of the text that is trained on, or, where nobody has all of it, of who trains.
 
     Raises:
         RunDirectoryError: the checkpoint is damaged, or belongs to other settings, other text or another small LM.
@@ -65,7 +67,7 @@ def restore(directory: RunDirectory, config: RunConfig, text: FederatedText, sma
         )
         average = IterateAverage.fresh(training.average_decay, dimension=small.dimension)
         return RunState(new_run_id(), 0, optimizer, average, {}, config.privacy.clip_norm, new=True)
-    _require_same(directory, checkpoint, config, text, small)
+    _require_same(directory, checkpoint, config, data_digest, small)
     small.load_adapter_vector(checkpoint.tensors["adapter"])
     optimizer = ServerOptimizer(
         training.server_optimizer,
@@ -88,14 +90,14 @@ def restore(directory: RunDirectory, config: RunConfig, text: FederatedText, sma
     )
 
 
-def save(directory: RunDirectory, state: RunState, config: RunConfig, text: FederatedText, small: SmallLM) -> None:
+def save(directory: RunDirectory, state: RunState, config: RunConfig, data_digest: str, small: SmallLM) -> None:
     """Replace the checkpoint; the rounds done are done when this returns."""
     directory.save_checkpoint(
         Checkpoint(
             run_id=state.run_id,
             rounds_done=state.rounds_done,
             config_toml=config.to_toml(),
-            data_digest=text.digest,
+            data_digest=data_digest,
             model_digest=small.digest,
             tensors={
                 "adapter": small.adapter_vector(),
@@ -115,7 +117,7 @@ def save(directory: RunDirectory, state: RunState, config: RunConfig, text: Fede
 
 
 def _require_same(
-    directory: RunDirectory, checkpoint: Checkpoint, config: RunConfig, text: FederatedText, small: SmallLM
+    directory: RunDirectory, checkpoint: Checkpoint, config: RunConfig, data_digest: str, small: SmallLM
 ) -> None:
     started = build(RunConfig, tomllib.loads(checkpoint.config_toml))
     if differences := started.differences(config):
@@ -124,7 +126,7 @@ def _require_same(
             hint="restore its config.toml, or start a new run",
         )
     for what, then, now in (
-        ("text", checkpoint.data_digest, text.digest),
+        ("text", checkpoint.data_digest, data_digest),
         ("small LM", checkpoint.model_digest, small.digest),
     ):
         if then != now:

@@ -23,8 +23,8 @@ from fedpt_secure.federation.mechanisms import (
     honest_survivors,
     quantile_clipping,
 )
-from fedpt_secure.federation.population import calibrate, client_randomness, config_digest
 from fedpt_secure.federation.server import AggregationServer
+from fedpt_secure.federation.terms import calibrate, client_randomness, config_digest, require_meaningful_delta
 from fedpt_secure.lm.small import BaseLM, SmallLM
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.privacy import (
@@ -157,7 +157,7 @@ def test_a_smaller_rate_is_made_up_for_in_the_mean(mode, small):
 def test_a_release_costs_what_was_calibrated(mode, clipping, small):
     """Never less noise than asked for, hardly more, and the run's whole epsilon stays within the target."""
     config = config_of(mode, clipping, privacy={"epsilon": 2.0, "delta": 1e-3}, training={"local_steps": 1})
-    multiplier = calibrate(config, most_rounds=2, records=dict.fromkeys(IDS, 10))
+    multiplier = calibrate(config, (IDS,) * 2)
     mechanism = mechanism_of(config, small, multiplier)
     assert multiplier * (1 - 1e-12) <= mechanism.cost.noise_multiplier <= multiplier * 1.001
     assert (mechanism.cost.sampling_rate, mechanism.cost.steps) == (1.0, 1)
@@ -171,9 +171,9 @@ def test_local_steps_are_each_charged_in_mode_local_and_together_in_mode_client(
     assert (local.cost.steps, client.cost.steps) == (3, 1)
     for mode, steps in (("local", 6), ("client", 2)):
         config = config_of(mode, privacy={"epsilon": 2.0, "delta": 1e-3}, training={"local_steps": 3})
-        multiplier = calibrate(config, most_rounds=2, records=dict.fromkeys(IDS, 10))
+        multiplier = calibrate(config, (IDS,) * 2)
         alike = config_of("local", privacy={"epsilon": 2.0, "delta": 1e-3})
-        assert multiplier == calibrate(alike, most_rounds=steps, records=dict.fromkeys(IDS, 10))
+        assert multiplier == calibrate(alike, (IDS,) * steps)
 
 
 def test_the_cost_counts_the_fewest_honest_survivors_only(small):
@@ -217,7 +217,8 @@ def test_no_noise_is_charged_as_none(mode, clipping, small):
 @pytest.mark.parametrize("mode", ["local", "distributed", "client"])
 def test_infinite_epsilon_calibrates_to_no_noise(mode):
     config = config_of(mode, privacy={"epsilon": math.inf, "delta": 0.9})
-    assert calibrate(config, most_rounds=1, records=dict.fromkeys(IDS, 10)) == 0.0
+    assert calibrate(config, (IDS,)) == 0.0
+    require_meaningful_delta(config, dict.fromkeys(IDS, 10))
 
 
 # A round over the protocol: what the ledger is charged, and the clip norm on its way.
@@ -391,9 +392,9 @@ def test_delta_must_be_below_one_over_the_units_of_the_mode(mode, delta, units):
     """The largest client's records, all clients' records, the clients."""
     records = dict.fromkeys(IDS, 10)
     with pytest.raises(PrivacyError, match="not below 1/n") as caught:
-        calibrate(config_of(mode, privacy={"delta": delta}), most_rounds=1, records=records)
+        require_meaningful_delta(config_of(mode, privacy={"delta": delta}), records)
     # The boundary is where the count is, and the count stays untold.
     assert delta * units >= 1 > delta * 0.9 * units
     assert str(units) not in caught.value.message.replace(f"{delta:g}", "")
     below = config_of(mode, privacy={"delta": delta * 0.9})
-    assert calibrate(below, most_rounds=1, records=records) > 0
+    require_meaningful_delta(below, records)

@@ -19,8 +19,8 @@ from fedpt_secure.federation import ClientTerms, ClientWorker
 from fedpt_secure.federation.announcement import Announcement
 from fedpt_secure.federation.local_engine import run_round
 from fedpt_secure.federation.mechanisms import build_mechanism
-from fedpt_secure.federation.population import client_randomness, config_digest
 from fedpt_secure.federation.server import AggregationServer
+from fedpt_secure.federation.terms import client_randomness, config_digest
 from fedpt_secure.federation.tiers import EVERYTHING, TrainingPlan, declare_tiers
 from fedpt_secure.lm.part import TrainedPart
 from fedpt_secure.lm.small import BaseLM, SmallLM

@@ -30,7 +30,7 @@ from scipy.stats import beta, chi2, norm
 from fedpt_secure.config import RunConfig, build
 from fedpt_secure.errors import AlreadyReleased
 from fedpt_secure.federation.mechanisms import LocalMechanism, build_mechanism, honest_survivors
-from fedpt_secure.federation.population import client_randomness
+from fedpt_secure.federation.terms import client_randomness
 from fedpt_secure.privacy import Budget, InsecureDeterministicRandom, Ledger, client_vectors, dp_sgd
 from fedpt_secure.privacy.clipped_sum import ClippedSum, _GridSum
 

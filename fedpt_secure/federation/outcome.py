@@ -1,0 +1,146 @@
+"""What a round's sum does to the adapter, and what the last round leaves behind. The same in every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fedpt_secure import files
+from fedpt_secure.config import RunConfig
+from fedpt_secure.errors import ModelError, RoundError
+from fedpt_secure.federation.aggregation import Aggregation, privacy_document
+from fedpt_secure.federation.client import LARGEST_ADAPTER_ENTRY, ClientTerms
+from fedpt_secure.federation.mechanisms import RingNoiseMechanism
+from fedpt_secure.federation.run_directory import RunDirectory
+from fedpt_secure.federation.server import RoundAggregate
+from fedpt_secure.federation.state import RunState
+from fedpt_secure.lm.small import SmallLM
+from fedpt_secure.privacy import PrivacyStatement, Release, local_statement, ring_statement
+
+
+def take_step(
+    config: RunConfig,
+    state: RunState,
+    small: SmallLM,
+    aggregate: RoundAggregate,
+    round_index: int,
+    *,
+    distil: Callable[[], object] | None = None,
+) -> None:
+    """The server's step from the adapter that is loaded, which the result replaces; then distillation, if it is on.
+
+    Args:
+        distil: teaches the small LM on public text (FedPT); None for no distillation.
+
+    Raises:
+        ModelError: the adapter is no longer finite or small.
+    """
+    state.clip_norm = aggregate.clip_norm
+    moved, state.optimizer = state.optimizer.apply(
+        small.adapter_vector(), aggregate.mean_update, trained=aggregate.trained
+    )
+    if not np.abs(moved).max() <= LARGEST_ADAPTER_ENTRY:
+        raise ModelError(
+            f"training diverged in round {round_index}: the adapter is no longer finite or small",
+            hint="a smaller --server-learning-rate; a new run",
+        )
+    small.load_adapter_vector(moved)
+    if distil is not None:
+        distil()
+    state.average = state.average.with_iterate(small.adapter_vector())
+
+
+def completed_rounds(directory: RunDirectory) -> list[dict[str, Any]]:
+    """The transcripts of all rounds, of which one at least has a sum.
+
+    Raises:
+        RoundError: every round was aborted.
+    """
+    transcripts = directory.read_log("transcript")
+    if all(line["aborted"] for line in transcripts):
+        declined = set().union(*(line.get("declined", ()) for line in transcripts))
+        raise RoundError(
+            f"all {len(transcripts)} rounds were aborted; the last because: {transcripts[-1]['aborted']}",
+            hint=f"{len(declined)} clients are over their own budgets, which `fedpt-secure ledger show` prints: a "
+            "smaller --epsilon, fewer rounds or other clients; only a ledger's owner raises its budget"
+            if declined
+            else "fewer dropouts, larger cohorts, or a smaller --minimum-survivors",
+        )
+    return transcripts
+
+
+def publish(
+    directory: RunDirectory, statement: PrivacyStatement, aggregation: Aggregation, state: RunState, small: SmallLM
+) -> None:
+    """Load the adapter that the run releases, and write it with its privacy statement."""
+    small.load_adapter_vector(state.average.value(small.adapter_vector()))
+    files.write_json(directory.path / "privacy.json", privacy_document(statement, aggregation))
+    readme = _adapter_readme(statement, directory.config(), small.name)
+    directory.replace_adapter(small.save_adapter, readme=readme)
+
+
+def statement_of(
+    terms: ClientTerms, releases: Mapping[str, Sequence[Release]], transcripts: Sequence[Mapping[str, Any]]
+) -> PrivacyStatement:
+    """The privacy statement over what clients have released.
+
+    Args:
+        releases: by client; what ledgers counted, or more.
+        transcripts: of all rounds.
+    """
+    config, mechanism = terms.config, terms.mechanism
+    noise_is_private = all(release.noise_is_private for rows in releases.values() for release in rows)
+    if isinstance(mechanism, RingNoiseMechanism):
+        statement = ring_statement(
+            {client: [release.round_index for release in rows] for client, rows in releases.items()},
+            survivors={line["round"]: len(line["survivors"]) for line in transcripts if line["survivors"]},
+            mechanism=mechanism.ring,
+            by_client=config.privacy.mode == "client",
+            sampling_rate=config.privacy.sampling_rate,
+            delta=config.privacy.delta,
+            clip_norm=_clip_norm_in_words(config),
+            corrupt_clients=config.corrupt_clients,
+            noise_is_private=noise_is_private,
+        )
+    else:
+        statement = local_statement(
+            {client: tuple(release.spent for release in rows) for client, rows in releases.items()},
+            delta=config.privacy.delta,
+            clip_norm=config.privacy.clip_norm,
+            noise_is_private=noise_is_private,
+        )
+    return _with_planted(statement, config)
+
+
+def _clip_norm_in_words(config: RunConfig) -> str:
+    privacy = config.privacy
+    if privacy.clipping == "fixed":
+        return f"{privacy.clip_norm:g}"
+    return f"the private {privacy.clip_quantile:g} quantile of earlier rounds (first {privacy.clip_norm:g})"
+
+
+def _with_planted(statement: PrivacyStatement, config: RunConfig) -> PrivacyStatement:
+    """The statement of a run that was planted for an audit says so: its claim is for records that are nobody's too."""
+    if not config.audit.plants:
+        return statement
+    said = (
+        f"{_planted_in_words(config)}: whoever has the run's audit/ folder can measure what the adapter tells about "
+        "them, and the copies of one secret are as many records"
+    )
+    return replace(statement, not_covered=(*statement.not_covered, said))
+
+
+def _planted_in_words(config: RunConfig) -> str:
+    return (
+        f"records planted for an audit ({config.audit.canaries} canaries, {config.audit.secrets} secrets for each "
+        "number of copies), which the adapter was trained on beside the clients' own"
+    )
+
+
+def _adapter_readme(statement: PrivacyStatement, config: RunConfig, base: str) -> str:
+    audited = f"\nAn audit's object: {_planted_in_words(config)}.\n" if config.audit.plants else ""
+    heading = f"# LoRA adapter of a fedpt-secure run\n\nBase model: {base} small LM.\n\n"
+    return f"{heading}Privacy: {statement.claim()}\n{audited}"
