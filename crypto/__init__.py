@@ -64,6 +64,7 @@ from fedpt_secure.crypto.parameter_report import (
 )
 from fedpt_secure.crypto.parameters import SecureAggregationParameters, secure_aggregation_parameters
 from fedpt_secure.crypto.policy import ClientPolicy, MemoryRoundRegister, RoundRegister
+from fedpt_secure.crypto.presence import Hello, Presence, proven_id
 from fedpt_secure.crypto.prg import RingVector
 from fedpt_secure.crypto.randomness import SYSTEM_RANDOM, InsecureDeterministicBytes, RandomBytes
 from fedpt_secure.crypto.server import SecAggServer, ServerState
@@ -89,6 +90,7 @@ __all__ = [
     "EncodingError",
     "FailureProbabilities",
     "FixedPointEncoding",
+    "Hello",
     "Identity",
     "InsecureDeterministicBytes",
     "InsecureParameters",
@@ -102,6 +104,7 @@ __all__ = [
     "OwnKeysMissing",
     "ParameterError",
     "PolicyViolation",
+    "Presence",
     "ProtocolAbort",
     "ProtocolStateError",
     "PublicIdentity",
@@ -129,6 +132,7 @@ __all__ = [
     "default_threshold",
     "failure_probabilities",
     "load_identity",
+    "proven_id",
     "require_tenseal",
     "ring_dtype",
     "roster_of",

@@ -39,6 +39,7 @@ class Label(Enum):
     PAIR_MASK = "fedpt-secagg/1 pairwise mask key"
     SELF_MASK = "fedpt-secagg/1 self mask key"
     SELF_COMMITMENT = "fedpt-secagg/1 self mask commitment"
+    SIGN_PRESENCE = "fedpt-secagg/1 sign presence"
 
 
 class CkksLabel(Enum):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from fedpt_secure.config import RunConfig
-from fedpt_secure.data import FederatedText
+from fedpt_secure.data import ClientText, FederatedText
 from fedpt_secure.data.examples import Example, encode
 from fedpt_secure.data.records import Record
 from fedpt_secure.data.simulation import simulation_rng
-from fedpt_secure.federation.setup import RunModels
+from fedpt_secure.federation.setup import RunModels, TrainingModels
 from fedpt_secure.privacy import SmallExample
 
 _Item = TypeVar("_Item")
@@ -18,13 +18,16 @@ _Item = TypeVar("_Item")
 
 def training_examples(text: FederatedText, models: RunModels, config: RunConfig) -> dict[str, list[SmallExample]]:
     """Training records by client, in the small LM's vocabulary."""
-    return {
-        client.client_id: [
-            SmallExample(tuple(models.small.token_map.to_small(example.ids)), example.loss_from)
-            for example in large_examples(client.train, models, config)
-        ]
-        for client in text.clients
-    }
+    return {client.client_id: client_examples(client, models, config) for client in text.clients}
+
+
+def client_examples(client: ClientText, models: RunModels | TrainingModels, config: RunConfig) -> list[SmallExample]:
+    """One client's training records, in the small LM's vocabulary."""
+    token_map = models.small.token_map
+    return [
+        SmallExample(tuple(token_map.to_small(example.ids)), example.loss_from)
+        for example in large_examples(client.train, models, config)
+    ]
 
 
 def held_out_sample(text: FederatedText, config: RunConfig, *, records: int | None = None) -> list[Record]:
@@ -37,7 +40,7 @@ def held_out_sample(text: FederatedText, config: RunConfig, *, records: int | No
     return seeded_sample(held_out, records or config.evaluation.records, purpose="evaluation sample", seed=config.seed)
 
 
-def large_examples(records: Sequence[Record], models: RunModels, config: RunConfig) -> list[Example]:
+def large_examples(records: Sequence[Record], models: RunModels | TrainingModels, config: RunConfig) -> list[Example]:
     """Records in the large LM's vocabulary, cut to the run's context length."""
     return [encode(record, models.tokenizer, context_length=config.models.context_length) for record in records]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.lm.devices import resolve_device
 from fedpt_secure.lm.large_weights import LargeWeights, resolve_endpoint, resolve_large
-from fedpt_secure.lm.small import BaseLM, SmallLM, builtin_directory, load_base
+from fedpt_secure.lm.small import BUILTIN, BaseLM, SmallLM, builtin_directory, load_base
 from fedpt_secure.lm.split import TrainingCompute, training_dtype
 from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
 from fedpt_secure.progress import Progress
@@ -136,6 +137,47 @@ def load_public_text(tokenizer: TextTokenizer, *, context_length: int) -> Public
     return PublicText("sampled from SmolLM2-135M-Instruct (Apache-2.0)", tuple(sequences))
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingModels:
+    """What a client trains with, and a server that never asks the black box: the small LM, and how text is cut."""
+
+    tokenizer: TextTokenizer
+    small: SmallLM
+
+
+def load_training_models(config: RunConfig, *, cache: Cache, progress: Progress) -> TrainingModels:
+    """Load the small LM under a fresh adapter; of the large one no more than its tokenizer, which the small one shares.
+
+    Raises:
+        ModelError: weights missing, corrupt, or of different tokenizers.
+        FetchError: the tokenizer is only with the large model, which cannot be had.
+    """
+    backend = load_tokenizer(_tokenizer_folder(config, cache, progress) / "tokenizer.json")
+    vocabulary = Vocabulary.from_tokenizer(backend)
+    base = load_base(config.models.small, vocabulary)
+    _check_contexts(config.models.context_length, base, None, None)
+    small = _small(config, base, resolve_device(config.models.device))
+    return TrainingModels(TextTokenizer(backend, separator_id=vocabulary.separator_id), small)
+
+
+def _tokenizer_folder(config: RunConfig, cache: Cache, progress: Progress) -> Path:
+    small = config.models.small
+    if small == BUILTIN:
+        return builtin_directory()
+    if (Path(small) / "tokenizer.json").is_file():
+        return Path(small)
+    if config.models.endpoint is not None:
+        return resolve_endpoint(config.models.endpoint, config.api.tokenizer).path
+    return resolve_large(config.models.large, cache=cache, progress=progress).path
+
+
+def _small(config: RunConfig, base: BaseLM, device: torch.device) -> SmallLM:
+    compute = TrainingCompute(
+        training_dtype(config.models.training_dtype, device), config.models.activation_cache_mb * 1_000_000
+    )
+    return SmallLM(base, config.lora, seed=config.seed, device=device, compute=compute)
+
+
 def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunModels:
     """Load the small LM and attach a fresh adapter; find (or fetch) the large LM's files, or connect to its API.
 
@@ -157,10 +199,7 @@ def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunMo
     if endpoint is not None:
         source = connect(endpoint, config.api, vocabulary, tokenizer, tokenizer_folder=weights.path, progress=progress)
     _check_contexts(config.models.context_length, base, weights, source)
-    compute = TrainingCompute(
-        training_dtype(config.models.training_dtype, device), config.models.activation_cache_mb * 1_000_000
-    )
-    small = SmallLM(base, config.lora, seed=config.seed, device=device, compute=compute)
+    small = _small(config, base, device)
     return RunModels(
         tokenizer=tokenizer,
         vocabulary=vocabulary,
@@ -174,11 +213,13 @@ def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunMo
     )
 
 
-def _check_contexts(context_length: int, base: BaseLM, weights: LargeWeights, source: TopSource | None) -> None:
+def _check_contexts(context_length: int, base: BaseLM, weights: LargeWeights | None, source: TopSource | None) -> None:
     """Both models must hold a whole record, and the small one must treat it alike in every batch."""
     small_positions = getattr(base.model.config, "max_position_embeddings", None)
     if source is not None:
         large_positions: int | None = source.capabilities.context_length
+    elif weights is None:
+        large_positions = None
     else:
         large_positions = getattr(AutoConfig.from_pretrained(weights.path), "max_position_embeddings", None)
     for name, most in (("small", small_positions), ("large", large_positions)):

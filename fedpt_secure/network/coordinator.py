@@ -1,0 +1,253 @@
+"""The server's run over clients on other machines: gather, round after round, publish. Killed, it goes on."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fedpt_secure.config import RunConfig
+from fedpt_secure.crypto import Hello, MessageError, Roster, proven_id
+from fedpt_secure.data import Cache
+from fedpt_secure.errors import RoundError
+from fedpt_secure.federation import AggregationServer, ClientTerms, RunDirectory
+from fedpt_secure.federation.aggregation import Aggregation, aggregation_of
+from fedpt_secure.federation.outcome import completed_rounds, publish, statement_of, take_step
+from fedpt_secure.federation.schedule import cohort_schedule
+from fedpt_secure.federation.setup import RunModels, TrainingModels, load_models, load_training_models
+from fedpt_secure.federation.state import RunState, restore, save
+from fedpt_secure.federation.terms import agreed_terms, calibrate, require_meaningful_delta
+from fedpt_secure.network.folder import Patience, ServerFolder
+from fedpt_secure.network.journal import RoundJournal
+from fedpt_secure.network.network_round import carry_round
+from fedpt_secure.network.observer import Observer
+from fedpt_secure.network.service import Settle
+from fedpt_secure.network.terms import network_config
+from fedpt_secure.network.transport import SETTLE, Transport
+from fedpt_secure.privacy import PrivacyStatement, Release
+from fedpt_secure.progress import Progress
+
+SECONDS_BETWEEN_HELLOS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class FederationResult:
+    """What a finished run yields.
+
+    Attributes:
+        statement: over every round that a client was asked in, whether or not its update arrived: at least what the
+            clients' ledgers say.
+        transcripts: one entry per round, as in `transcript.jsonl`.
+    """
+
+    config: RunConfig
+    statement: PrivacyStatement
+    aggregation: Aggregation
+    transcripts: Sequence[Mapping[str, Any]]
+    seconds: Mapping[str, float]
+    dimension: int
+
+
+def run_federation(
+    folder: ServerFolder, transport: Transport, *, progress: Progress, cache: Cache | None = None
+) -> FederationResult:
+    """Train with the roster's clients, or go on where the run directory's checkpoint and journal stand.
+
+    Raises:
+        FedptError: settings or promise that do not fit; too few clients for longer than `patience.give_up_seconds`
+            (start it again, and it goes on); every round was aborted.
+    """
+    roster = folder.roster()
+    config = network_config(folder.config(), clients=len(roster))
+    require_meaningful_delta(config, dict.fromkeys(roster, 1))  # records are the clients' to check
+    if (folder.run / "config.toml").is_file():
+        directory = RunDirectory.open(folder.run)
+        directory.require_settings(config.model_dump(exclude_none=True))
+    else:
+        directory = RunDirectory.create(folder.run, config)
+    with directory.locked():
+        observer = Observer(folder, roster, config)
+        try:
+            return _Coordinator(folder, directory, config, roster, transport, observer, progress, cache).run()
+        except BaseException as error:
+            observer.failed(error)
+            raise
+
+
+class _Coordinator:
+    def __init__(
+        self,
+        folder: ServerFolder,
+        directory: RunDirectory,
+        config: RunConfig,
+        roster: Roster,
+        transport: Transport,
+        observer: Observer,
+        progress: Progress,
+        cache: Cache | None,
+    ) -> None:
+        began = time.perf_counter()
+        self._directory, self._config, self._roster = directory, config, roster
+        self._transport, self._observer, self._progress = transport, observer, progress
+        self._patience: Patience = folder.settings().patience
+        self._aggregation = aggregation_of(config)
+        federation = config.federation
+        schedule = cohort_schedule(
+            tuple(roster), rounds=federation.rounds, cohort=federation.agreed_cohort, seed=config.seed
+        )
+        noise_multiplier = calibrate(config, schedule)
+        load = load_models if config.proxy.distill_steps else load_training_models
+        self._models: RunModels | TrainingModels = load(config, cache=cache or Cache(), progress=progress)
+        self._small = self._models.small
+        self._digest = roster.digest.hex()
+        self._state: RunState = restore(directory, config, self._digest, self._small)
+        self._terms: ClientTerms = agreed_terms(
+            config,
+            tuple(roster),
+            schedule,
+            run_id=self._state.run_id,
+            small=self._small,
+            noise_multiplier=noise_multiplier,
+        )
+        if self._state.new:
+            directory.save_config(config)
+            save(directory, self._state, config, self._digest, self._small)
+        self._journal = RoundJournal(directory.path / "journal")
+        self._starts = directory.count_start()
+        self._state.add_seconds("prepare", time.perf_counter() - began)
+
+    def run(self) -> FederationResult:
+        rounds = self._config.federation.rounds
+        self._observer.resumed(self._directory.read_log("transcript"))
+        with self._progress.task("rounds", rounds, unit="rounds") as bar:
+            bar.advance(self._state.rounds_done)
+            while self._state.rounds_done < rounds:
+                began = time.perf_counter()
+                round_index = self._state.rounds_done
+                aborted = self._round(round_index, began)
+                bar.describe(f"round {round_index}" + (f" aborted: {aborted}" if aborted else ""))
+                bar.advance()
+        transcripts = completed_rounds(self._directory)
+        statement = statement_of(self._terms, self._asked(transcripts), transcripts)
+        publish(self._directory, statement, self._aggregation, self._state, self._small)
+        self._settle()
+        self._observer.done(statement.claim())
+        return FederationResult(
+            self._config,
+            statement,
+            self._aggregation,
+            transcripts,
+            dict(self._state.seconds),
+            self._small.dimension,
+        )
+
+    def _round(self, round_index: int, began: float) -> str:
+        """One round, from its cohort's gathering to the checkpoint; why it was aborted, or nothing."""
+        state, small = self._state, self._small
+        cohort = self._terms.schedule[round_index]
+        begun = self._journal.begun()
+        if begun is not None and begun.round_index != round_index:
+            self._journal.remove()  # of a round whose result is durable
+            begun = None
+        self._gather(round_index, cohort)
+        adapter = small.adapter_vector()
+        server = AggregationServer(
+            config=self._config,
+            config_digest=self._terms.config_digest,
+            run_id=state.run_id,
+            round_index=round_index,
+            attempt=self._starts if begun is None else begun.attempt,
+            cohort=cohort,
+            roster=self._roster,
+            adapter=adapter,
+            model_digest=small.weights_digest(adapter),
+            mechanism=self._terms.mechanism,
+            clip_norm=state.clip_norm,
+            contributors=lambda survivors: self._terms.plan.contributors(small, survivors, round_index),
+        )
+        aggregate, transcript = carry_round(
+            server, self._transport, self._journal, self._patience, watcher=self._observer
+        )
+        if aggregate is not None:
+            take_step(self._config, state, small, aggregate, round_index, distil=self._distillation(round_index))
+        state.rounds_done = round_index + 1
+        state.add_seconds("rounds", time.perf_counter() - began)
+        private = math.isfinite(self._config.privacy.epsilon) and not self._config.insecure_deterministic
+        mark = {"round": round_index, "private": private}
+        summed = {"aggregator": self._aggregation.name, "trust": self._aggregation.trust}
+        self._directory.append("transcript", mark | summed | asdict(transcript))
+        length = float(np.linalg.norm(small.adapter_vector()))
+        self._directory.append(
+            "metrics",
+            mark | {"adapter_norm": length, "clip_norm": state.clip_norm, "aborted": bool(transcript.aborted)},
+        )
+        save(self._directory, state, self._config, self._digest, small)
+        self._journal.remove()
+        self._observer.round_over(transcript)
+        return transcript.aborted
+
+    def _gather(self, round_index: int, cohort: Sequence[str]) -> None:
+        """Wait for the round's cohort; begin with fewer only where the round can still succeed.
+
+        Raises:
+            RoundError: too few for too long.
+        """
+        patience, needed = self._patience, self._config.federation.agreed_survivors
+        began = time.monotonic()
+        hello = Hello(self._state.run_id, self._terms.config_digest, self._roster.digest, secrets.token_bytes(32))
+        accept = partial(_proven, hello=hello, roster=self._roster)
+        while True:
+            here = self._transport.gather(hello.to_bytes(), accept, seconds=SECONDS_BETWEEN_HELLOS * 10)
+            present = here & set(cohort)
+            self._observer.gathering(round_index, here)
+            waited = time.monotonic() - began
+            if len(present) == len(cohort) or (len(present) >= needed and waited > patience.gather_seconds):
+                return
+            if waited > patience.give_up_seconds:
+                raise RoundError(
+                    f"{len(present)} of the {len(cohort)} clients of round {round_index} are there after {waited:.0f} s"
+                    f"; {needed} are needed",
+                    hint="start it again once they are; it goes on with this round",
+                )
+            time.sleep(SECONDS_BETWEEN_HELLOS)
+
+    def _distillation(self, round_index: int) -> Callable[[], object] | None:
+        if isinstance(self._models, RunModels):
+            return partial(self._models.distil, self._config, round_index, self._progress)
+        return None
+
+    def _asked(self, transcripts: Sequence[Mapping[str, Any]]) -> dict[str, list[Release]]:
+        """A release for every round that a client may have released in: all that it was in the cohort of."""
+        config = self._config
+        released: dict[str, list[Release]] = {}
+        for line in transcripts:
+            for client in line["cohort"]:
+                release = Release(
+                    line["round"], self._terms.mechanism.cost, config.privacy.mode, not config.insecure_deterministic
+                )
+                released.setdefault(client, []).append(release)
+        return released
+
+    def _settle(self) -> None:
+        """Tell whoever is there that nothing will be asked for again. Whoever is not keeps one update more."""
+        body = msgspec.msgpack.encode(Settle(self._state.run_id, self._state.rounds_done))
+        self._transport.exchange(
+            SETTLE,
+            dict.fromkeys(self._roster, body),
+            lambda client, reply: None,
+            seconds=self._patience.phase_seconds,
+        )
+
+
+def _proven(answer: bytes, *, hello: Hello, roster: Roster) -> str | None:
+    try:
+        return proven_id(answer, hello, roster)
+    except MessageError:
+        return None

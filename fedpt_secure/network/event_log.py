@@ -1,0 +1,53 @@
+"""Structured logs: one JSON object a line. Only events of known fields are written, so that no secret can slip in."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import threading
+from pathlib import Path
+
+FIELDS = frozenset(
+    {
+        "round", "phase", "client", "outcome", "size", "seconds", "code", "clients", "rounds", "run", "attempt", "why",
+        "address", "state", "pid", "epsilon", "survivors", "process", "status", "records",
+    }
+)  # fmt: skip
+"""Names that a line may have. `why` is a sentence of our own or the class of an exception, never its message."""
+_LARGEST = 16 << 20
+
+
+class EventLog:
+    """Appends events to a file of its owner's only. A file that has grown large is kept once, as `NAME.1`.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._turn = threading.Lock()
+
+    def write(self, event: str, **fields: str | float | int | None) -> None:
+        """Add a line.
+
+        Raises:
+            ValueError: a field's name is not one of `FIELDS`.
+        """
+        if unknown := set(fields) - FIELDS:
+            raise ValueError(f"a log line has no field {sorted(unknown)[0]!r}")
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": now, "event": event} | {key: _shown(value) for key, value in fields.items()}) + "\n"
+        with self._turn:
+            if self._path.exists() and self._path.stat().st_size > _LARGEST:
+                os.replace(self._path, self._path.with_name(self._path.name + ".1"))
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
+
+
+def _shown(value: str | float | int | None) -> str | float | int | None:
+    return round(value, 6) if isinstance(value, float) else value
