@@ -22,8 +22,10 @@ from fedpt_secure.config import RunConfig, build
 from fedpt_secure.crypto import PublicIdentity, create_identity, roster_of
 from fedpt_secure.data import Cache
 from fedpt_secure.errors import FedptError
-from fedpt_secure.federation.terms import first_budget
-from fedpt_secure.network.coordinator import run_federation
+from fedpt_secure.federation.schedule import cohort_schedule
+from fedpt_secure.federation.setup import load_training_models
+from fedpt_secure.federation.terms import calibrate, first_budget
+from fedpt_secure.network import coordinator, service
 from fedpt_secure.network.folder import (
     ClientFolder,
     ClientSettings,
@@ -32,8 +34,8 @@ from fedpt_secure.network.folder import (
     ServerSettings,
     write_settings,
 )
-from fedpt_secure.network.service import serve_client
 from fedpt_secure.network.sockets import SocketTransport
+from fedpt_secure.network.terms import network_config
 from fedpt_secure.privacy import Ledger
 from fedpt_secure.progress import SILENT
 
@@ -54,6 +56,13 @@ class Network:
         self.server = ServerFolder(root / "s")
         self.clients = {name: ClientFolder(root / f"c{index}") for index, name in enumerate(NAMES)}
         self.processes: dict[str, Any] = {}
+        # Forked processes inherit what takes seconds to compute, the same in each.
+        settled = network_config(config, clients=len(NAMES))
+        federation = settled.federation
+        calibrate(
+            settled, cohort_schedule(NAMES, rounds=federation.rounds, cohort=federation.agreed_cohort, seed=config.seed)
+        )
+        self.models = load_training_models(settled, cache=Cache(root / "cache"), progress=SILENT)
         public = []
         for name, folder in self.clients.items():
             folder.path.mkdir(parents=True, mode=0o700)
@@ -73,7 +82,7 @@ class Network:
     def start_clients(self, *names: str, before: Callable[[], None] = lambda: None) -> None:
         """Start workers (all, if none is named) and wait until they listen."""
         for name in names or NAMES:
-            process = FORK.Process(target=_work, args=(self.clients[name], before), daemon=True)
+            process = FORK.Process(target=_work, args=(self, name, before), daemon=True)
             process.start()
             self.processes[name] = process
         for name in names or NAMES:
@@ -107,18 +116,21 @@ class Network:
             process.join(30)
 
 
-def _work(folder: ClientFolder, before: Callable[[], None]) -> None:
+def _work(network: Network, name: str, before: Callable[[], None]) -> None:
+    service.load_training_models = lambda config, **rest: network.models
     before()
-    serve_client(folder, ask_passphrase=_no_passphrase, progress=SILENT, stop=threading.Event())
+    service.serve_client(network.clients[name], ask_passphrase=_no_passphrase, progress=SILENT, stop=threading.Event())
 
 
 def _serve(network: Network, before: Callable[[], None]) -> None:
+    coordinator.load_training_models = lambda config, **rest: network.models
     before()
     try:
-        run_federation(network.server, network.transport(), progress=SILENT, cache=Cache(network.root / "cache"))
+        coordinator.run_federation(
+            network.server, network.transport(), progress=SILENT, cache=Cache(network.root / "cache")
+        )
     except FedptError as error:
-        print(error)
-        os._exit(error.exit_code)
+        raise SystemExit(error.exit_code) from error
 
 
 def _no_passphrase() -> str:
@@ -136,7 +148,7 @@ def _wait(done: Callable[[], bool], what: str, seconds: float = 60) -> None:
 def clinic_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nine clients with 12 distinct records each."""
     rng = random.Random(7)
-    words = "pain fever dose nurse ward night pulse blood sleep lunch visit scan bed doctor".split()
+    words = ["pain", "fever", "dose", "nurse", "ward", "night", "pulse", "blood", "sleep", "lunch", "visit", "scan"]
     path = tmp_path_factory.mktemp("clinics") / "notes.jsonl"
     with path.open("w", encoding="utf-8") as stream:
         for name in NAMES:
