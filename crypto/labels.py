@@ -39,7 +39,6 @@ class Label(Enum):
     PAIR_MASK = "fedpt-secagg/1 pairwise mask key"
     SELF_MASK = "fedpt-secagg/1 self mask key"
     SELF_COMMITMENT = "fedpt-secagg/1 self mask commitment"
-    SIGN_PRESENCE = "fedpt-secagg/1 sign presence"
 
 
 class CkksLabel(Enum):
@@ -65,12 +64,21 @@ class CkksLabel(Enum):
     FLOODING = "fedpt-ckks/1 flooding noise key"
 
 
+class NetworkLabel(Enum):
+    """What is signed outside rounds (`docs/federation.md`)."""
+
+    SIGN_PRESENCE = "fedpt-network/1 sign presence"
+
+
+AnyLabel = Label | CkksLabel | NetworkLabel
+
+
 def integer(value: int) -> bytes:
     """`value` as eight big-endian bytes, the only form in which numbers are hashed."""
     return value.to_bytes(8, "big")
 
 
-def digest(label: Label | CkksLabel, parts: Iterable[bytes | memoryview]) -> bytes:
+def digest(label: AnyLabel, parts: Iterable[bytes | memoryview]) -> bytes:
     """SHA-256 over the label and the parts, each preceded by its length in eight bytes.
 
     The framing is injective: two different sequences of parts never give the same hash input.
@@ -82,7 +90,7 @@ def digest(label: Label | CkksLabel, parts: Iterable[bytes | memoryview]) -> byt
     return state.digest()
 
 
-def derive_key(secret: bytes | bytearray, *, salt: bytes, label: Label | CkksLabel, parts: Iterable[bytes]) -> bytes:
+def derive_key(secret: bytes | bytearray, *, salt: bytes, label: AnyLabel, parts: Iterable[bytes]) -> bytes:
     """HKDF-SHA256 (RFC 5869) of a secret: 32 bytes, bound to `salt`, `label` and `parts`.
 
     Args:

@@ -12,7 +12,7 @@ import msgspec
 
 from fedpt_secure.crypto.errors import MalformedMessage
 from fedpt_secure.crypto.identities import SIGNATURE_BYTES, Identity, Roster
-from fedpt_secure.crypto.labels import DIGEST_BYTES, Label, digest
+from fedpt_secure.crypto.labels import DIGEST_BYTES, NetworkLabel, digest
 
 NONCE_BYTES: Final = 32
 RUN_ID_BYTES: Final = 16
@@ -60,7 +60,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
     def to_sign(self, client_id: str) -> bytes:
         """What the client of this id signs."""
         parts = (self.run_id, self.config_digest, self.roster_digest, self.nonce, client_id.encode())
-        return digest(Label.SIGN_PRESENCE, parts)
+        return digest(NetworkLabel.SIGN_PRESENCE, parts)
 
 
 class Presence(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=102):
