@@ -12,6 +12,7 @@ from fedpt_secure.cli.account import account
 from fedpt_secure.cli.audit import audit
 from fedpt_secure.cli.crypto_parameters import crypto
 from fedpt_secure.cli.evaluate import evaluate
+from fedpt_secure.cli.federation import federation
 from fedpt_secure.cli.fetch import fetch
 from fedpt_secure.cli.generate import generate
 from fedpt_secure.cli.keys import keys
@@ -42,6 +43,7 @@ app.command()(sweep)
 app.command()(report)
 app.command()(compare)
 app.command()(audit)
+app.add_typer(federation)
 app.add_typer(keys)
 app.add_typer(crypto)
 app.add_typer(ledger)

@@ -74,3 +74,30 @@ def test_the_trusted_core_imports_neither_torch_nor_the_rest():
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_flowers_pins_and_ours_intersect():
+    """pip would otherwise go back to releases that are years old, without a word. CI installs both jointly."""
+    pytest.importorskip("flwr")
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert any(entry.startswith("fedpt-secure[") and "flower" in entry for entry in extras["test"])
+    (flower,) = (Requirement(entry) for entry in extras["flower"])
+    assert Version(metadata.version("flwr")) in flower.specifier
+    assert Version("1.39") not in flower.specifier
+    theirs = {
+        requirement.name.lower(): requirement
+        for requirement in map(Requirement, metadata.requires("flwr") or [])
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    }
+    ours = [Requirement(entry) for entry in (*PROJECT["project"]["dependencies"], *extras["serve"])]
+    shared = [requirement for requirement in ours if requirement.name.lower() in theirs]
+    assert {"typer", "rich", "cryptography"} <= {requirement.name for requirement in shared}
+    for requirement in shared:
+        installed = Version(metadata.version(requirement.name))
+        both = requirement.specifier & theirs[requirement.name.lower()].specifier
+        assert installed in both, f"{requirement.name} {installed} is not in {both}"
