@@ -293,7 +293,8 @@ def _init_server(folder: Path, config: RunConfig, where: Endpoint, name: str) ->
 def _init_client(
     folder: Path, settings: ClientSettings, config: RunConfig, *, has_config: bool, seal: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    from fedpt_secure.flower.new_folders import first_budget, make_client
+    from fedpt_secure.federation.terms import first_budget
+    from fedpt_secure.flower.new_folders import make_client
 
     budget = first_budget(config)
     made = make_client(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,7 +130,9 @@ def shell_bundle(directory: Path) -> bytes:
 
     files.write_text(directory / "pyproject.toml", _PROJECT)
     files.write_text(directory / "fedpt_federation" / "__init__.py", _MODULE)
-    bundle: bytes = build_fab_from_disk(directory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Flower's own use of pathspec
+        bundle: bytes = build_fab_from_disk(directory)
     return bundle
 
 

@@ -6,7 +6,6 @@ Nothing that exists is ever replaced.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from fedpt_secure import files
 from fedpt_secure.config import DataConfig, RunConfig
 from fedpt_secure.crypto import CryptoError, PublicIdentity, Roster, StoredIdentity, roster_of
 from fedpt_secure.errors import ConfigError, IdentityError
+from fedpt_secure.federation.terms import first_budget
 from fedpt_secure.flower.certificates import make_authority, make_node_key, make_server_certificate
 from fedpt_secure.network.folder import (
     ClientFolder,
@@ -26,7 +26,7 @@ from fedpt_secure.network.folder import (
     ServerSettings,
     write_settings,
 )
-from fedpt_secure.privacy import UNITS, Budget, Ledger
+from fedpt_secure.privacy import Budget, Ledger
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 """The server's own machine reaches it by these."""
@@ -157,12 +157,6 @@ def make_test_network(
             if not server.insecure:
                 _create(item.folder.certificate, folder.tls("ca.crt").read_bytes())
     return TestNetwork(folder, {client: item.folder for client, item in made.items()}, roster)
-
-
-def first_budget(config: RunConfig) -> Budget:
-    """What a client's owner allows who has said nothing else: one run of these settings."""
-    promised = math.inf if config.insecure_deterministic else config.privacy.epsilon
-    return Budget(config.privacy.budget_epsilon or promised, config.privacy.delta, UNITS[config.privacy.mode])
 
 
 def dealt(data: DataConfig, clients: int) -> DataConfig:

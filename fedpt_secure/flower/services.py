@@ -85,6 +85,7 @@ def serve_client(
     from fedpt_secure.network.service import serve_client as serve_worker
 
     failures: list[BaseException] = []
+    ready = threading.Event()
 
     def programs() -> list[Program]:
         secret, port = _new_secret(folder.flower), _free_port()
@@ -97,8 +98,8 @@ def serve_client(
 
     def keep() -> None:
         try:
-            while not folder.socket.exists():
-                if stop.wait(_READY_SECONDS):
+            while not ready.wait(_READY_SECONDS):
+                if stop.is_set():
                     return
             note(f"connecting to {server.address}")
             Group(folder.flower, programs, note).keep(stop)
@@ -110,7 +111,7 @@ def serve_client(
         keeper = threading.Thread(target=keep, name="processes")
         keeper.start()
         try:
-            serve_worker(folder, ask_passphrase=ask_passphrase, progress=progress, stop=stop)
+            serve_worker(folder, ask_passphrase=ask_passphrase, progress=progress, stop=stop, ready=ready.set)
         finally:
             stop.set()
             keeper.join()
