@@ -22,6 +22,8 @@ from fedpt_secure.config import RunConfig, build
 from fedpt_secure.crypto import PublicIdentity, create_identity, roster_of
 from fedpt_secure.data import Cache
 from fedpt_secure.errors import FedptError
+from fedpt_secure.federation import RunDirectory
+from fedpt_secure.federation import run as run_module
 from fedpt_secure.federation.schedule import cohort_schedule
 from fedpt_secure.federation.setup import load_training_models
 from fedpt_secure.federation.terms import calibrate, first_budget
@@ -57,12 +59,9 @@ class Network:
         self.clients = {name: ClientFolder(root / f"c{index}") for index, name in enumerate(NAMES)}
         self.processes: dict[str, Any] = {}
         # Forked processes inherit what takes seconds to compute, the same in each.
-        settled = network_config(config, clients=len(NAMES))
-        federation = settled.federation
-        calibrate(
-            settled, cohort_schedule(NAMES, rounds=federation.rounds, cohort=federation.agreed_cohort, seed=config.seed)
-        )
-        self.models = load_training_models(settled, cache=Cache(root / "cache"), progress=SILENT)
+        self.config = network_config(config, clients=len(NAMES))
+        calibrate(self.config, self.schedule())
+        self.models = load_training_models(self.config, cache=Cache(root / "cache"), progress=SILENT)
         public = []
         for name, folder in self.clients.items():
             folder.path.mkdir(parents=True, mode=0o700)
@@ -86,7 +85,7 @@ class Network:
             process.start()
             self.processes[name] = process
         for name in names or NAMES:
-            _wait(lambda name=name: self.clients[name].socket.exists(), f"{name} to listen")
+            wait_for(lambda name=name: self.clients[name].socket.exists(), f"{name} to listen")
 
     def start_server(self, before: Callable[[], None] = lambda: None) -> Any:
         """Start a server, which runs `before` first."""
@@ -106,6 +105,11 @@ class Network:
         os.kill(process.pid, signal.SIGKILL)
         process.join(30)
 
+    def schedule(self) -> tuple[tuple[str, ...], ...]:
+        """Who is asked in which round."""
+        federation = self.config.federation
+        return cohort_schedule(NAMES, rounds=federation.rounds, cohort=federation.agreed_cohort, seed=self.config.seed)
+
     def transport(self) -> SocketTransport:
         return SocketTransport(tuple(folder.socket for folder in self.clients.values()))
 
@@ -114,6 +118,26 @@ class Network:
             if process.is_alive():
                 process.kill()
             process.join(30)
+
+
+def die() -> None:
+    """`kill -9` of the process that calls it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def local_adapter(network: Network, path: Path, dropouts: dict[int, dict[str, str]] | None = None) -> Any:
+    """The last checkpoint of the local engine on the same settings.
+
+    Args:
+        dropouts: round -> client -> the phase before which it vanishes.
+    """
+    directory = RunDirectory.create(path, RunDirectory.open(network.server.run).config())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            run_module, "draw_dropouts", lambda cohort, *, round_index, **rest: (dropouts or {}).get(round_index, {})
+        )
+        run_module.run_training(directory.config(), directory, cache=Cache(path.parent / "cache"), progress=SILENT)
+    return directory.load_checkpoint()
 
 
 def _work(network: Network, name: str, before: Callable[[], None]) -> None:
@@ -137,7 +161,7 @@ def _no_passphrase() -> str:
     raise AssertionError("no key here is sealed")
 
 
-def _wait(done: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def wait_for(done: Callable[[], bool], what: str, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedpt_secure.data import Cache
-from fedpt_secure.federation import RunDirectory, run_training
+from fedpt_secure.federation import RunDirectory
 from fedpt_secure.network.status import read_status
 from fedpt_secure.privacy import Ledger
-from fedpt_secure.progress import SILENT
+
+from .conftest import local_adapter
 
 MODES = [
     {"privacy": {"mode": "local"}},
@@ -25,10 +25,7 @@ def test_the_adapter_is_the_local_engines_bit_for_bit(changes, make_network, tmp
     assert network.finish(network.start_server()) == 0
     directory = RunDirectory.open(network.server.run)
     ours = directory.load_checkpoint()
-    config = directory.config()
-    local = RunDirectory.create(tmp_path / "local", config)
-    run_training(config, local, cache=Cache(tmp_path / "cache"), progress=SILENT)
-    theirs = local.load_checkpoint()
+    theirs = local_adapter(network, tmp_path / "local")
     assert np.abs(ours.tensors["adapter"]).max() > 0
     for name, value in theirs.tensors.items():
         assert (ours.tensors[name] == value).all(), name
