@@ -21,6 +21,9 @@ _LARGEST = 16 << 20
 class EventLog:
     """Appends events to a file of its owner's only. A file that has grown large is kept once, as `NAME.1`.
 
+    The log is for people: a full disk stops what must be counted, in the ledger, and not what is only told. The next
+    line that can be written says how many could not.
+
     Args:
         path: of the file.
     """
@@ -28,6 +31,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._turn = threading.Lock()
+        self._missed = 0
 
     def write(self, event: str, **fields: str | float | int | None) -> None:
         """Add a line.
@@ -38,15 +42,23 @@ class EventLog:
         if unknown := set(fields) - FIELDS:
             raise ValueError(f"a log line has no field {sorted(unknown)[0]!r}")
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": event} | {key: _shown(value) for key, value in fields.items()}) + "\n"
+        shown = {key: _shown(value) for key, value in fields.items()}
         with self._turn:
-            if self._path.exists() and self._path.stat().st_size > _LARGEST:
-                os.replace(self._path, self._path.with_name(self._path.name + ".1"))
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            missed = {"lines_missed": self._missed} if self._missed else {}
             try:
-                os.write(descriptor, line.encode())
-            finally:
-                os.close(descriptor)
+                self._append(json.dumps({"time": now, "event": event} | shown | missed) + "\n")
+                self._missed = 0
+            except OSError:
+                self._missed += 1
+
+    def _append(self, line: str) -> None:
+        if self._path.exists() and self._path.stat().st_size > _LARGEST:
+            os.replace(self._path, self._path.with_name(self._path.name + ".1"))
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
 
 
 def _shown(value: str | float | int | None) -> str | float | int | None:

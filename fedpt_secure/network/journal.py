@@ -73,7 +73,7 @@ class RoundJournal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stream: BinaryIO | None = None
+        self._open = False
 
     def begun(self) -> Began | None:
         """The round that the file is about; None where there is no file.
@@ -101,23 +101,21 @@ class RoundJournal:
                 f"{self._path} is about another announcement than that of round {round_index}, attempt {attempt}",
                 hint="with the version that began the round, it goes on; moved away, the round counts as lost",
             )
-        self._stream = self._path.open("r+b")
-        self._stream.seek(0, os.SEEK_END)
+        self._open = True
         return entries
 
     def write(self, entry: Entry) -> None:
         """Add an entry; on disk when this returns."""
-        if self._stream is None:
+        if not self._open:
             raise RunDirectoryError("the journal is not open")
-        self._stream.write(_framed(entry))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        with self._path.open("ab") as stream:
+            stream.write(_framed(entry))
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def remove(self) -> None:
         """The round's result is durable elsewhere."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        self._open = False
         if self._path.exists():
             self._path.unlink()
             files.sync_directory(self._path.parent)

@@ -253,11 +253,8 @@ class ClientService:
         try:
             self._status.write(now=True)
         except OSError as error:
-            # The status is for people; a full disk has been answered for where it counts, in the ledger.
-            self._log_quietly(error)
-
-    def _log_quietly(self, error: OSError) -> None:
-        print(f"status not written: {error.strerror or error}", flush=True)  # noqa: T201 - the log's disk is full too
+            # The status is for people; a full disk is answered for where it counts, in the ledger.
+            self._log.write("no_status", why=error.strerror or "")
 
 
 def open_service(folder: ClientFolder, *, ask_passphrase: Callable[[], str], progress: Progress) -> ClientService:
