@@ -218,23 +218,19 @@ def run(folder: Path = typer.Argument(..., help="The server's folder."), json_ou
 
 @federation.command()
 def status(
-    folder: Path = typer.Argument(..., help="A server's or a client's folder."), json_output: bool = JSON
+    folder: Path = typer.Argument(..., help="A server's or a client's folder."),
+    watch: bool = typer.Option(False, "--watch", help="A live table, until the run is over or Ctrl-C."),
+    json_output: bool = JSON,
 ) -> None:
-    """Show what a server or a client is doing.
+    """Show what a server or a client is doing: clients, phases, dropouts, epsilon spent.
 
     Exit codes: 0 done, 8 it has not been started yet, or its status is damaged.
     """
     with reported(Console(stderr=True)):
-        import msgspec
+        from fedpt_secure.cli.federation_status import show
 
-        from fedpt_secure.network.folder import ServerFolder
-        from fedpt_secure.network.status import read_status
-
-        found = msgspec.to_builtins(read_status(ServerFolder(folder).status))
-    if json_output:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        typer.echo("\n".join(f"{key}: {value}" for key, value in found.items() if value not in ("", {})))
+        with _until_told() as stop:
+            show(folder, watch=watch, as_json=json_output, stop=stop)
 
 
 def _init_network(

@@ -116,6 +116,8 @@ class _Coordinator:
             small=self._small,
             noise_multiplier=noise_multiplier,
         )
+        if not config.insecure_deterministic:
+            observer.priced(self._terms.mechanism.cost, config.privacy.delta)
         if self._state.new:
             directory.save_config(config)
             save(directory, self._state, config, self._digest, self._small)

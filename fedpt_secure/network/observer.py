@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedpt_secure.config import RunConfig
@@ -15,6 +18,7 @@ from fedpt_secure.network.folder import ServerFolder
 from fedpt_secure.network.metrics import Metrics
 from fedpt_secure.network.network_round import Watcher
 from fedpt_secure.network.status import ClientLine, StatusFile, new_status
+from fedpt_secure.privacy import GaussianSteps, epsilon_spent, round_up
 
 
 class Observer(Watcher):
@@ -28,6 +32,9 @@ class Observer(Watcher):
 
     def __init__(self, folder: ServerFolder, clients: Collection[str], config: RunConfig) -> None:
         self._log = EventLog(folder.log)
+        self._price: tuple[GaussianSteps, float] | None = None
+        self._asked: Counter[str] = Counter()
+        self._epsilons: dict[int, float] = {}
         self._metrics = Metrics.on(folder.settings().metrics_port)
         status = new_status("server", {client: ClientLine() for client in clients})
         status.rounds = config.federation.rounds
@@ -37,9 +44,13 @@ class Observer(Watcher):
     def resumed(self, transcripts: Sequence[Mapping[str, Any]]) -> None:
         """Rounds that an earlier process made."""
         for line in transcripts:
-            self._count(line["survivors"], line["dropped"], line["aborted"])
+            self._count(line["cohort"], line["survivors"], line["dropped"], line["aborted"])
         self._file.status.round_index = len(transcripts)
         self._file.write(now=True)
+
+    def priced(self, cost: GaussianSteps, delta: float) -> None:
+        """What a round costs whoever is asked in it, at worst; without this, no epsilon is shown."""
+        self._price = (cost, delta)
 
     def gathering(self, round_index: int, here: Collection[str]) -> None:
         """Who can be reached before a round."""
@@ -79,7 +90,7 @@ class Observer(Watcher):
         status = self._file.status
         status.round_index, status.state, status.phase = transcript.round_index + 1, "idle", ""
         status.why = transcript.aborted
-        self._count(transcript.survivors, transcript.dropped, transcript.aborted)
+        self._count(transcript.cohort, transcript.survivors, transcript.dropped, transcript.aborted)
         self._metrics.round(aborted=bool(transcript.aborted), survivors=len(transcript.survivors))
         self._file.write(now=True)
         outcome = "aborted" if transcript.aborted else "completed"
@@ -102,10 +113,25 @@ class Observer(Watcher):
         self._file.write(now=True)
         self._log.write("failed", why=type(error).__name__)
 
-    def _count(self, survivors: Collection[str], dropped: Mapping[str, str], aborted: str) -> None:
+    def _count(
+        self, cohort: Collection[str], survivors: Collection[str], dropped: Mapping[str, str], aborted: str
+    ) -> None:
         status = self._file.status
         status.aborted += bool(aborted)
+        for client in cohort:
+            self._asked[client] += 1
+            status.clients[client].epsilon = self._spent(self._asked[client])
         for client in survivors:
             status.clients[client].rounds += 1
         for client in dropped:
             status.clients[client].dropped += 1
+
+    def _spent(self, rounds: int) -> float | None:
+        """Epsilon of so many rounds, never rounded down; None where it is infinite or unknown."""
+        if self._price is None:
+            return None
+        if rounds not in self._epsilons:
+            cost, delta = self._price
+            self._epsilons[rounds] = epsilon_spent((replace(cost, steps=cost.steps * rounds),), delta=delta)
+        epsilon = self._epsilons[rounds]
+        return None if math.isinf(epsilon) else round_up(epsilon)

@@ -27,7 +27,8 @@ class ClientLine(msgspec.Struct, forbid_unknown_fields=True):
         outcome: of the last phase it was asked in.
         dropped: rounds of this run that it dropped out of.
         rounds: whose sums it is in.
-        epsilon: an upper bound of what this run has spent of its records' budget so far; None without privacy.
+        epsilon: an upper bound of what this run has cost it so far, in the run's unit and at its delta; None without
+            privacy. What its ledger says of all runs, only its owner knows.
     """
 
     reachable: bool = False
