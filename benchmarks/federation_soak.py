@@ -2,10 +2,14 @@
 
     python benchmarks/federation_soak.py --rounds 100 --clients 10 --over sockets --figure docs/figures/soak.png
     python benchmarks/federation_soak.py --rounds 20 --clients 8 --over flower
+    unshare -rn sh -c 'ip link set lo up; python benchmarks/federation_soak.py --over flower --cut-rounds 5'
 
 Clients fall silent in a random phase of a round with `--dropout`; the script kills (`kill -9`) a random client about
 every `--client-kill-rounds` rounds and the server about every `--server-kill-rounds`, wherever they stand, and starts
-them again. It samples the resident memory of every process, and ends with checks that fail the run:
+them again. With `--cut-rounds`, inside a network namespace of its own, it takes the loopback interface down for
+`--cut-seconds` about as often: nobody reaches anybody, until the partition heals.
+
+It samples the resident memory of every process, and ends with checks that fail the run:
 
 - every round is in the transcript once, in order;
 - every client's ledger knows every round whose sum the client is in, once;
@@ -25,6 +29,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -105,7 +110,9 @@ class Soak:
         self._models = load_training_models(settled, cache=Cache(root / "cache"), progress=SILENT)
         self._processes: dict[str, Any] = {}
         self._samples: list[dict[str, Any]] = []
-        self._kills = {"client": 0, "server": 0}
+        self._kills = {"client": 0, "server": 0, "network": 0}
+        if options.cut_rounds:
+            _require_own_namespace()
 
     def run(self) -> dict[str, Any]:
         """To the last round, then the checks."""
@@ -117,10 +124,9 @@ class Soak:
                 self._start_client(name)
             if options.over == "flower":
                 self._start("run", self._submit)
-            next_client, next_server = (
-                self._next(options.client_kill_rounds, 0),
-                self._next(options.server_kill_rounds, 0),
-            )
+            next_client = self._next(options.client_kill_rounds, 0)
+            next_server = self._next(options.server_kill_rounds, 0)
+            next_cut = self._next(options.cut_rounds, 0)
             with shown_on(console) as progress, progress.task("rounds", options.rounds, unit="rounds") as bar:
                 shown = 0
                 while not self._over():
@@ -133,6 +139,10 @@ class Soak:
                     if done >= next_client:
                         self._kill(self._rng.choice(self._names), "client")
                         next_client = self._next(options.client_kill_rounds, done)
+                    if done >= next_cut:
+                        _cut(options.cut_seconds)
+                        self._kills["network"] += 1
+                        next_cut = self._next(options.cut_rounds, done)
                     if done >= next_server:
                         self._kill("server", "server")
                         next_server = self._next(options.server_kill_rounds, done)
@@ -404,6 +414,21 @@ def _masked_twice(path: Path) -> list[str]:
     return found
 
 
+def _require_own_namespace() -> None:
+    """Refuse to cut a network that others use."""
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout.splitlines()
+    if len(links) != 1 or ": lo:" not in links[0]:
+        raise SystemExit(
+            "--cut-rounds needs a network namespace of its own: unshare -rn sh -c 'ip link set lo up; python ...'"
+        )
+
+
+def _cut(seconds: float) -> None:
+    subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+    time.sleep(seconds)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+
 def _resident(pid: int) -> float:
     try:
         for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
@@ -458,6 +483,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--client-kill-rounds", type=float, default=5.0, help="on average; 0 for no kills")
     parser.add_argument("--server-kill-rounds", type=float, default=10.0, help="on average; 0 for no kills")
+    parser.add_argument("--cut-rounds", type=float, default=0.0, help="on average; 0 for no partitions")
+    parser.add_argument("--cut-seconds", type=float, default=20.0)
     parser.add_argument("--small", choices=("tiny", "builtin"), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-minutes", type=float, default=120.0)
