@@ -12,6 +12,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -301,9 +302,11 @@ def serve_client(
     service = open_service(folder, ask_passphrase=ask_passphrase, progress=progress)
     log = EventLog(folder.log)
     log.write("listening", client=service.client_id, pid=os.getpid())
+    # One thread for all of them, whatever connection they come by: what it has allocated it uses again.
+    answering = ThreadPoolExecutor(1, thread_name_prefix="answers")
     server = LocalServer(
         place,
-        service.answer,
+        lambda request: answering.submit(service.answer, request).result(),
         largest=LARGEST_BODY,
         failed=lambda error: log.write("refused", code="connection", why=type(error).__name__),
     )
@@ -312,6 +315,7 @@ def serve_client(
         stop.wait()
     finally:
         server.close()
+        answering.shutdown(wait=False, cancel_futures=True)
         service.stopped()
         log.write("stopped", client=service.client_id, pid=os.getpid())
 
