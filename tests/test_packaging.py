@@ -86,7 +86,7 @@ def test_flowers_pins_and_ours_intersect():
 
     extras = PROJECT["project"]["optional-dependencies"]
     assert any(entry.startswith("fedpt-secure[") and "flower" in entry for entry in extras["test"])
-    (flower,) = (Requirement(entry) for entry in extras["flower"])
+    flower = next(entry for entry in map(Requirement, extras["flower"]) if entry.name == "flwr")
     assert Version(metadata.version("flwr")) in flower.specifier
     assert Version("1.39") not in flower.specifier
     theirs = {
