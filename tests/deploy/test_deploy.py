@@ -171,9 +171,10 @@ def test_compose_binds_folders_and_runs_the_commands_on_them():
     assert len(folders) == len(set(folders))  # no two processes share a folder
 
 
-@pytest.mark.parametrize("name", of_kind("StatefulSet"))
+@pytest.mark.parametrize("name", [*of_kind("StatefulSet"), *of_kind("Pod")])
 def test_a_pod_gives_up_nothing(name):
-    assert faults_of_pod(of_kind("StatefulSet")[name]["spec"]["template"]["spec"]) == []
+    entry = (of_kind("StatefulSet") | of_kind("Pod"))[name]["spec"]
+    assert faults_of_pod(entry.get("template", {}).get("spec", entry)) == []
 
 
 @pytest.mark.parametrize(
@@ -213,8 +214,11 @@ def test_pods_run_the_commands_as_the_images_user_with_flowers_calls_home_off():
         assert {one["name"]: one["value"] for one in container["env"]} == SWITCHED_OFF
         assert entry["replicas"] == 1  # a ledger, a journal has one writer
         assert pod["securityContext"]["runAsUser"] == USER
-        (claim,) = entry["volumeClaimTemplates"]
-        assert claim["spec"]["accessModes"] == ["ReadWriteOncePod"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        claims = {claim["metadata"]["name"]: claim for claim in entry.get("volumeClaimTemplates", ())}
+        if "state" in volumes:
+            claims["state"] = of_kind("PersistentVolumeClaim")[volumes["state"]["persistentVolumeClaim"]["claimName"]]
+        assert claims["state"]["spec"]["accessModes"] == ["ReadWriteOncePod"]
     assert f"USER {USER}:{USER}" in (DEPLOY / "Dockerfile").read_text()
 
 
@@ -255,6 +259,18 @@ def test_what_init_containers_place_is_what_the_folders_hold():
         assert f"/given/public/{path.name}" in scripts["server"]
     assert str(server.nodes) in scripts["server"]
     assert str(server.tls("x").parent) in scripts["server"]
+
+
+def test_a_client_does_not_start_without_its_ledger_nor_goes_its_ledger_with_it():
+    client = of_kind("StatefulSet")["client-a"]["spec"]
+    (script,) = client["template"]["spec"]["initContainers"][0]["args"]
+    ledger = ClientFolder(Path(FOLDER)).ledger / "ledger.sqlite"
+    assert re.search(rf"if \[ ! -f {ledger} \]; then\n.*\n +exit 1", script)
+    assert "volumeClaimTemplates" not in client  # its volume is nobody's to delete but its owner's
+    state = "client-a-state"
+    assert state in of_kind("PersistentVolumeClaim")
+    for pod in (client["template"]["spec"], of_kind("Pod")["client-a-ledger"]["spec"]):
+        assert [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if v["name"] == "state"] == [state]
 
 
 def test_policies_let_clients_reach_the_superlink_and_nobody_reach_a_client():
