@@ -10,7 +10,6 @@ from fedpt_secure.federation.prepared_text import (
     held_out_sample,
     large_examples,
     seeded_sample,
-    training_examples,
 )
 from fedpt_secure.federation.run import RunResult, run_training
 from fedpt_secure.federation.run_directory import Checkpoint, RunDirectory
@@ -39,5 +38,4 @@ __all__ = [
     "run_round",
     "run_training",
     "seeded_sample",
-    "training_examples",
 ]

@@ -210,6 +210,12 @@ class ClientWorker:
         self._ledger.settle(self._terms.run_id.hex(), rounds_done=rounds_done)
 
     @property
+    def _last_round(self) -> int:
+        """The last round that asks this client; -1 if none does."""
+        schedule = self._terms.schedule
+        return next((index for index in reversed(range(len(schedule))) if self.client_id in schedule[index]), -1)
+
+    @property
     def _active(self) -> AggregationClient:
         if self._protocol is None:
             raise RoundError(f"client {self.client_id} is in no round")
@@ -253,6 +259,9 @@ class ClientWorker:
         noise = self._randomness.noise(round_index)
         part = self._terms.plan.part(self.client_id, round_index)
         released = mechanism.release(small, self._examples, clip_norm=announcement.clip_norm, noise=noise, part=part)
+        if round_index >= self._last_round:
+            for example in self._examples:  # a simulation's clients share one process: its memory must not add up
+                small.forget(example.ids, example.loss_from)
         self._ledger.release(
             run_id,
             round_index,

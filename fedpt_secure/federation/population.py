@@ -1,10 +1,10 @@
-"""The simulated population: every client's worker, built from the prepared text."""
+"""The simulated population: clients whose state lies on disk, and who are in memory while a round asks them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from fedpt_secure.crypto import Identity, Roster
 from fedpt_secure.data import FederatedText
@@ -13,34 +13,97 @@ from fedpt_secure.federation.client import ClientTerms, ClientWorker
 from fedpt_secure.federation.ledgers import ledger_directories
 from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.terms import client_randomness, first_budget
-from fedpt_secure.privacy import Ledger, SmallExample
+from fedpt_secure.privacy import Ledger, Release, SmallExample
+
+Examples = Callable[[str], Sequence[SmallExample]]
+"""The training records of a client, by its id, as token ids."""
 
 
-@dataclass(frozen=True, slots=True)
 class Population:
-    """All clients of a run and the keys they know each other by.
+    """All clients that some round asks, and the keys they know each other by.
+
+    What is held of a client between its rounds are its keys; its ledger is on disk, and its records are cut to token
+    ids anew. So memory follows the cohort, not the population (docs/scale.md).
 
     Attributes:
-        workers: client id -> worker, for the clients that some round asks.
         roster: every client's verify key, as distributed out of band.
         terms: what all of them agreed to.
     """
 
-    workers: Mapping[str, ClientWorker]
-    roster: Roster
-    terms: ClientTerms
+    def __init__(
+        self,
+        terms: ClientTerms,
+        identities: Mapping[str, Identity],
+        ledgers: Mapping[str, Path],
+        examples: Examples,
+        recorder: AuditRecorder,
+    ) -> None:
+        """Use `build_population`, which has the ledgers begun.
+
+        Args:
+            identities: of the clients that some round asks.
+            ledgers: where each of them keeps its ledger.
+        """
+        self.terms = terms
+        self.roster = Roster({client_id: identity.verify_key_bytes for client_id, identity in identities.items()})
+        self._identities = identities
+        self._ledgers = ledgers
+        self._examples = examples
+        self._recorder = recorder
+
+    def cohort(self, client_ids: Iterable[str]) -> dict[str, ClientWorker]:
+        """Workers for one round.
+
+        Raises:
+            LedgerError: a client's ledger is missing or damaged.
+        """
+        return {
+            client_id: ClientWorker(
+                client_id,
+                self._examples(client_id),
+                terms=self.terms,
+                identity=self._identities[client_id],
+                roster=self.roster,
+                ledger=Ledger(self._ledgers[client_id]),
+                randomness=client_randomness(self.terms.config, client_id),
+                watch_release=partial(self._recorder.release, client_id),
+            )
+            for client_id in client_ids
+        }
+
+    def releases(self) -> dict[str, tuple[Release, ...]]:
+        """What each client's ledger says its data was used for in this run.
+
+        Raises:
+            LedgerError: a client's ledger is missing or damaged.
+        """
+        run_id = self.terms.run_id.hex()
+        return {client_id: Ledger(place).releases(run_id) for client_id, place in self._ledgers.items()}
+
+    def settle(self, rounds_done: int, client_ids: Iterable[str]) -> None:
+        """The results of all rounds below `rounds_done` are durable: these clients drop what they kept for them.
+
+        Args:
+            client_ids: those that no round asks have nothing to drop.
+
+        Raises:
+            LedgerError: a client's ledger is missing or damaged.
+        """
+        for client_id in client_ids:
+            if client_id in self._ledgers:
+                Ledger(self._ledgers[client_id]).settle(self.terms.run_id.hex(), rounds_done=rounds_done)
 
 
 def build_population(
     terms: ClientTerms,
     text: FederatedText,
-    examples: Mapping[str, Sequence[SmallExample]],
+    examples: Examples,
     *,
     directory: RunDirectory,
     recorder: AuditRecorder,
     new: bool,
 ) -> Population:
-    """Give every client that will be asked its identity, ledger and noise source.
+    """Give every client that will be asked its identity and ledger.
 
     Args:
         terms: what all of them agree to.
@@ -50,28 +113,13 @@ def build_population(
     Raises:
         LedgerError: a client's ledger is missing or damaged, or lies among ledgers of other records.
     """
-    config = terms.config
-    identities = {client: Identity.generate() for client in set().union(*terms.schedule)}
-    budget = first_budget(config)
-    places = ledger_directories(config, text, directory, new=new)
-
-    def ledger(client_id: str) -> Ledger:
-        place = places[client_id]
-        return Ledger.create(place, budget=budget) if new else Ledger(place)
-
-    roster = Roster({client_id: identity.verify_key_bytes for client_id, identity in identities.items()})
-    workers = {
-        client.client_id: ClientWorker(
-            client.client_id,
-            examples[client.client_id],
-            terms=terms,
-            identity=identities[client.client_id],
-            roster=roster,
-            ledger=ledger(client.client_id),
-            randomness=client_randomness(config, client.client_id),
-            watch_release=partial(recorder.release, client.client_id),
-        )
-        for client in text.clients
-        if client.client_id in identities
-    }
-    return Population(workers, roster, terms)
+    asked = set().union(*terms.schedule)
+    places = ledger_directories(terms.config, text, directory, new=new)
+    ledgers = {client.client_id: places[client.client_id] for client in text.clients if client.client_id in asked}
+    budget = first_budget(terms.config)
+    for place in ledgers.values():
+        if new:
+            Ledger.create(place, budget=budget)
+        else:
+            Ledger(place)  # one that is missing or damaged is found now, not in the round that asks for it
+    return Population(terms, {client_id: Identity.generate() for client_id in ledgers}, ledgers, examples, recorder)

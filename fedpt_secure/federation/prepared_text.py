@@ -16,11 +16,6 @@ from fedpt_secure.privacy import SmallExample
 _Item = TypeVar("_Item")
 
 
-def training_examples(text: FederatedText, models: RunModels, config: RunConfig) -> dict[str, list[SmallExample]]:
-    """Training records by client, in the small LM's vocabulary."""
-    return {client.client_id: client_examples(client, models, config) for client in text.clients}
-
-
 def client_examples(client: ClientText, models: RunModels | TrainingModels, config: RunConfig) -> list[SmallExample]:
     """One client's training records, in the small LM's vocabulary."""
     token_map = models.small.token_map

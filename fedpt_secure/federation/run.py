@@ -21,7 +21,7 @@ from fedpt_secure.federation.local_engine import Transcript, draw_dropouts, run_
 from fedpt_secure.federation.mechanisms import RingNoiseMechanism
 from fedpt_secure.federation.outcome import completed_rounds, publish, statement_of, take_step
 from fedpt_secure.federation.population import Population, build_population
-from fedpt_secure.federation.prepared_text import held_out_sample, large_examples, training_examples
+from fedpt_secure.federation.prepared_text import client_examples, held_out_sample, large_examples
 from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.schedule import cohort_schedule
 from fedpt_secure.federation.server import AggregationServer
@@ -90,22 +90,30 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
     small = models.small
     if models.source is not None:
         models.black_box(progress)  # an API that cannot be evaluated is missed now, not after the last round
-    train = training_examples(text, models, config)
+    for client in text.clients:
+        client_examples(client, models, config)  # a record that cannot be cut is found now, not in its client's round
+    clients = {client.client_id: client for client in text.clients}
     require_memory(config, small)
     state = restore(directory, config, text.digest, small)
     terms = agreed_terms(
         config, text.client_ids, schedule, run_id=state.run_id, small=small, noise_multiplier=noise_multiplier
     )
     recorder = AuditRecorder(directory, config)
-    population = build_population(terms, text, train, directory=directory, recorder=recorder, new=state.new)
+    population = build_population(
+        terms,
+        text,
+        lambda client_id: client_examples(clients[client_id], models, config),
+        directory=directory,
+        recorder=recorder,
+        new=state.new,
+    )
     mechanism = terms.mechanism
     if isinstance(mechanism, RingNoiseMechanism):
         _require_counted_as(mechanism.cost, population)
     if state.new:
         directory.save_config(config)
         save(directory, state, config, text.digest, small)
-    for worker in population.workers.values():
-        worker.settle(state.rounds_done)
+    population.settle(state.rounds_done, text.client_ids)
     attempt = directory.count_start()
     state.add_seconds("prepare", time.perf_counter() - began)
 
@@ -128,13 +136,12 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
                 "metrics", mark | {"adapter_norm": length, "clip_norm": state.clip_norm, "aborted": aborted}
             )
             save(directory, state, config, text.digest, small)
-            for client in cohort:
-                population.workers[client].settle(state.rounds_done)
+            population.settle(state.rounds_done, cohort)
             bar.describe(f"adapter norm {length:.3f}" + (" (round aborted)" if aborted else ""))
             bar.advance()
 
     transcripts = completed_rounds(directory)
-    releases = {client: worker.releases for client, worker in population.workers.items()}
+    releases = population.releases()
     _require_counted(releases, transcripts)
     statement = statement_of(terms, releases, transcripts)
     publish(directory, statement, aggregation, state, small)
@@ -195,7 +202,7 @@ def _round(
     recorder.begin(adapter)
     aggregate, transcript = run_round(
         server,
-        {client: population.workers[client] for client in cohort},
+        population.cohort(cohort),
         small,
         dropouts=draw_dropouts(cohort, dropout=config.federation.dropout, seed=config.seed, round_index=round_index),
         progress=progress,
@@ -215,8 +222,8 @@ def _require_counted_as(cost: GaussianSteps, population: Population) -> None:
     Raises:
         LedgerError: a client's ledger counts another cost, as after an update that calibrates otherwise.
     """
-    for client, worker in population.workers.items():
-        for release in worker.releases:
+    for client, releases in population.releases().items():
+        for release in releases:
             if release.spent != cost:
                 raise LedgerError(
                     f"the ledger of client {client} counts {release.spent} for round {release.round_index}, where this "

@@ -166,6 +166,12 @@ class SmallLM:
             self._splits_of_parts[part.layers] = split_model(self.model, names, self.compute)
         return self._splits_of_parts[part.layers]
 
+    def forget(self, ids: tuple[int, ...], loss_from: int) -> None:
+        """Drop the activations that are kept of an example (`split.SplitLM`); nothing but memory changes."""
+        for split in (self.split, *self._splits_of_parts.values()):
+            if split is not None:
+                split.forget(ids, loss_from)
+
     @property
     def trained_names(self) -> list[str]:
         """Names of the trained parameters, as in `model.named_parameters()`, in the order of `adapter_vector`."""

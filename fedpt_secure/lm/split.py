@@ -132,6 +132,12 @@ class SplitLM:
         """How many examples' activations are kept."""
         return len(self._cache)
 
+    def forget(self, ids: tuple[int, ...], loss_from: int) -> None:
+        """Drop what is kept of an example, if anything is; it is computed again when it is asked for again."""
+        kept = self._cache.pop(self._key(ids, loss_from), None)
+        if kept is not None:
+            self._cached_bytes -= kept.nbytes
+
     def loss(self, ids: tuple[int, ...], loss_from: int, rows: torch.Tensor) -> torch.Tensor:
         """Mean negative log-likelihood (nats per token) over some of an example's predictions.
 
@@ -164,8 +170,11 @@ class SplitLM:
     def _lower(self) -> bool:
         return self._compute.dtype != torch.float32
 
+    def _key(self, ids: tuple[int, ...], loss_from: int) -> tuple[tuple[int, ...], int]:
+        return ids, loss_from if self._by_position else 0
+
     def _activations(self, frozen: _Frozen, ids: tuple[int, ...], loss_from: int) -> Activations:
-        key = (ids, loss_from if self._by_position else 0)
+        key = self._key(ids, loss_from)
         kept = self._cache.get(key)
         if kept is not None:
             return kept

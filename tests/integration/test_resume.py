@@ -38,7 +38,7 @@ MOMENTS = {
     "before the logs are written": (RunDirectory, "append", 3, "before"),
     "between log and checkpoint": (RunDirectory, "append", 4, "after"),
     "after the checkpoint, before clients forget": (RunDirectory, "save_checkpoint", 3, "after"),
-    "while clients forget": (ClientWorker, "settle", 14, "before"),
+    "while clients forget": (Ledger, "settle", 14, "before"),
     "before the evaluation": (run_module, "evaluate_arms", 1, "before"),
 }
 

@@ -129,6 +129,24 @@ def test_what_is_kept_never_passes_the_bound():
     assert split.cached_bytes == sum(kept.nbytes for kept in split._cache.values()) <= bound
 
 
+@pytest.mark.parametrize("cut", CUTS)
+def test_what_was_forgotten_takes_no_memory_and_comes_back_bit_for_bit(cut):
+    small = small_lm(cut=cut, compute=TrainingCompute(cache_bytes=1 << 20))
+    other = tuple(reversed(IDS))
+    before = gradient(small, split_loss(small))
+    split_loss(small, other)
+    both = small.split.cached_bytes
+    small.forget(IDS, 3)
+    assert small.split.cached_examples == 1
+    assert 0 < small.split.cached_bytes < both
+    small.forget(IDS, 3)  # nothing is kept of it, and nothing happens
+    assert torch.equal(gradient(small, split_loss(small)), before)
+    assert small.split.cached_bytes == both
+    small.forget(other, 3)
+    small.forget(IDS, 3)
+    assert small.split.cached_examples == small.split.cached_bytes == 0
+
+
 @pytest.mark.parametrize("cut", ["through the last layer", "below a layer"])
 @pytest.mark.parametrize("written", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
