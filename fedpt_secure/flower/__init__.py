@@ -10,6 +10,7 @@
     server_task     one such task: the coordinator over a Flower grid
     grid_transport  how the coordinator reaches clients, whatever the mailbox
     mailbox         Flower's grid as a mailbox in which one sender cannot hold up another
+    arriving        a message whose content comes in pieces
     supernode       a client's SuperNode
     bridge          takes the client's tasks and hands them to the worker
     client_app      the ClientApp: forwards to the worker

@@ -1,6 +1,7 @@
 """Takes the SuperLink's tasks on the server's machine, one at a time, and starts the ServerApp that is installed there.
 
-It also lets the SuperNodes in whose public keys lie in the folder, new ones within seconds.
+It also lets the SuperNodes in whose public keys lie in the folder, new ones within seconds. A run that was going on
+when the server was killed goes on: as another of Flower's runs, with the run directory and the journal that are there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fedpt_secure import files
 from fedpt_secure.errors import FedptError, IdentityError, RoundError
 from fedpt_secure.flower.certificates import read_node_key
 from fedpt_secure.flower.compatibility import require_compatible
-from fedpt_secure.flower.control import connected
+from fedpt_secure.flower.control import Control, connected, shell_bundle
 from fedpt_secure.flower.processes import child_environment, start_tethered
 from fedpt_secure.flower.runtime import Runtime, Task, acquire
 from fedpt_secure.flower.server_task import COMPONENT
@@ -25,6 +26,8 @@ READY = "ready.json"
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 3.0
 _PATIENCE_SECONDS = 60.0
+_MOST_RESTARTS = 3
+"""Of a ServerApp that was killed, in the life of this process."""
 
 
 class Acceptor:
@@ -35,6 +38,8 @@ class Acceptor:
         self._executor = runtime.executor(secret, COMPONENT)
         self._keys: frozenset[bytes] = frozenset()
         self._running: tuple[Task, subprocess.Popen[bytes]] | None = None
+        self._restarts = 0
+        self._first = True
 
     def work(self) -> None:
         """Work for as long as the SuperLink is there.
@@ -68,6 +73,9 @@ class Acceptor:
         if self._keys == keys and (self._folder.flower / READY).exists():
             return
         with connected(self._runtime) as control:
+            if self._first:
+                self._go_on(control)
+                self._first = False
             new = control.register(keys)
         self._keys = frozenset(keys)
         _say(f"{len(keys)} SuperNodes may connect, {new} of them new")
@@ -85,9 +93,25 @@ class Acceptor:
             _say(f"the ServerApp ended with {code}")
             if code:
                 self._tell_end(task, code)
+            if code < 0 and self._restarts < _MOST_RESTARTS:
+                self._restarts += 1
+                with connected(self._runtime) as control:
+                    control.start(self._bundle())
         task_taken = acquire(self._executor, [TaskType.SERVER_APP])
         if task_taken is not None:
             self._running = task_taken, self._start(task_taken)
+
+    def _go_on(self, control: Control) -> None:
+        """End runs whose ServerApp died with this process's predecessor; where there was one, start it again."""
+        dead = [run.run_id for run in control.unfinished() if not run.pending]
+        for run_id in dead:
+            control.stop(run_id)
+        if dead:
+            _say("going on with the run that was interrupted")
+            control.start(self._bundle())
+
+    def _bundle(self) -> bytes:
+        return shell_bundle(self._folder.flower / "app")
 
     def _start(self, task: Task) -> subprocess.Popen[bytes]:
         _say("starting the ServerApp")

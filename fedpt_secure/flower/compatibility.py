@@ -22,7 +22,13 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "flwr.cli.build": ("build_fab_from_disk",),
     "flwr.common.constant": ("Status", "SubStatus", "SUPERLINK_NODE_ID"),
     "flwr.common.serde": ("context_from_proto", "fab_to_proto", "run_from_proto"),
-    "flwr.proto.control_pb2": ("ListNodesRequest", "ListRunsRequest", "RegisterNodeRequest", "StartRunRequest"),
+    "flwr.proto.control_pb2": (
+        "ListNodesRequest",
+        "ListRunsRequest",
+        "RegisterNodeRequest",
+        "StartRunRequest",
+        "StopRunRequest",
+    ),
     "flwr.proto.message_pb2": ("ConfirmMessageReceivedRequest", "PullObjectRequest"),
     "flwr.proto.node_pb2": ("Node",),
     "flwr.proto.runtime_pb2": (
@@ -49,7 +55,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "flwr.superlink.extensions": ("get_middleware",),
     "flwr.superlink.grid": ("HttpGrid",),
     "flwr.supernode.cli.flower_supernode": ("flower_supernode",),
-    "flwr.supernode.runtime.run_clientapp": ("pull_task_input", "push_message", "push_task_output"),
+    "flwr.supernode.runtime.run_clientapp": ("push_message", "push_task_output"),
     "flwr.supernode.start_client_internal": ("time",),
 }
 """Module -> the names that are used of it."""

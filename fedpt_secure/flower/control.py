@@ -34,9 +34,10 @@ _MODULE = 'raise RuntimeError("this bundle is a shell and never runs")\n'
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """A Flower run: whether it is over, and if so whether well."""
+    """A Flower run: whether its task was ever taken, whether it is over, and if so whether well."""
 
     run_id: int
+    pending: bool
     finished: bool
     completed: bool
     details: str
@@ -76,6 +77,13 @@ class Control:
             raise RoundError("the SuperLink did not start the run")
         return int(answer.run_id)
 
+    def stop(self, run_id: int) -> None:
+        """End a run."""
+        from flwr.proto.control_pb2 import StopRunRequest
+
+        with _told():
+            self._client.StopRun(StopRunRequest(run_id=run_id))
+
     def run(self, run_id: int) -> RunState:
         """How a run fares."""
         return next(state for state in self._runs(run_id) if state.run_id == run_id)
@@ -94,6 +102,7 @@ class Control:
         return [
             RunState(
                 int(run.run_id),
+                run.status.status == Status.PENDING,
                 run.status.status == Status.FINISHED,
                 run.status.sub_status == SubStatus.COMPLETED,
                 run.status.details,

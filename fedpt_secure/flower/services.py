@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fedpt_secure import files
 from fedpt_secure.errors import ConfigError, FedptError, RoundError
@@ -19,11 +20,17 @@ from fedpt_secure.flower.processes import Group, Program, child_environment, sol
 from fedpt_secure.flower.runtime import Runtime
 from fedpt_secure.flower.server_task import OUTCOME
 from fedpt_secure.network.folder import ClientFolder, Endpoint, ServerFolder, is_loopback
-from fedpt_secure.progress import Progress
+from fedpt_secure.progress import Progress, Task
+
+if TYPE_CHECKING:
+    from fedpt_secure.flower.control import Control, RunState
 
 _SECRET = "executor.secret"  # noqa: S105 - a file's name
 _READY_SECONDS = 0.3
 _WATCH_SECONDS = 1.0
+_RESTART_SECONDS = 90.0
+"""A SuperLink may be gone for so long before a run is given up on."""
+_FOLLOWER_LOOKS = 20
 Note = Callable[[str], None]
 
 
@@ -122,38 +129,64 @@ def serve_client(
 def run(folder: ServerFolder, *, progress: Progress, stop: threading.Event) -> None:
     """Start the folder's federation, or join the run of it that goes on, and wait for its end.
 
+    A server that is killed meanwhile and started again goes on with the run, and so does this.
+
     Raises:
         FedptError: it failed, with the exit code of its own error.
         RoundError: the SuperLink cannot be reached, or the run was ended by somebody.
+        KeyboardInterrupt: `stop` was set first; the run goes on.
     """
     require_installed()
     from fedpt_secure.flower.control import connected, shell_bundle
 
     folder = ServerFolder(folder.path.absolute())
-    with connected(local_runtime(folder)) as control:
+    with connected(local_runtime(folder)) as control, progress.task("federation", None) as bar:
         unfinished = control.unfinished()
-        if unfinished:
-            run_id = unfinished[0].run_id
-            progress.note(f"run {run_id} is going on")
-        else:
-            run_id = control.start(shell_bundle(folder.flower / "app"))
-            progress.note(f"run {run_id} is started")
-        with progress.task("federation", None) as bar:
-            while not (state := control.run(run_id)).finished:
-                bar.describe(_phase(folder))
-                if stop.wait(_WATCH_SECONDS):
-                    raise KeyboardInterrupt
-    if not state.completed:
-        raise failure(folder, run_id, state.details)
+        run_id = unfinished[0].run_id if unfinished else control.start(shell_bundle(folder.flower / "app"))
+        progress.note(f"run {run_id} {'is going on' if unfinished else 'is started'}")
+        while True:
+            state = _finished(folder, control, run_id, bar, stop)
+            if state.completed:
+                return
+            follower = None if _outcome(folder, run_id) else _follower(control, run_id, stop)
+            if follower is None:
+                raise failure(folder, run_id, state.details)
+            run_id = follower
+            progress.note(f"the server was interrupted; run {run_id} goes on")
+
+
+def _finished(folder: ServerFolder, control: Control, run_id: int, bar: Task, stop: threading.Event) -> RunState:
+    """Wait for a run's end, over restarts of the SuperLink."""
+    reached = time.monotonic()
+    while True:
+        try:
+            state = control.run(run_id)
+            reached = time.monotonic()
+            if state.finished:
+                return state
+        except RoundError:
+            if time.monotonic() - reached > _RESTART_SECONDS:
+                raise
+        bar.describe(_phase(folder))
+        if stop.wait(_WATCH_SECONDS):
+            raise KeyboardInterrupt
+
+
+def _follower(control: Control, run_id: int, stop: threading.Event) -> int | None:
+    """The run that a restarted server started in place of one that it lost."""
+    for _ in range(_FOLLOWER_LOOKS):
+        later = [state.run_id for state in control.unfinished() if state.run_id != run_id]
+        if later:
+            return later[0]
+        if stop.wait(_WATCH_SECONDS):
+            raise KeyboardInterrupt
+    return None
 
 
 def failure(folder: ServerFolder, run_id: int, details: str) -> FedptError:
     """The error that a run ended with: the ServerApp's own, where it could write it down."""
-    try:
-        outcome = json.loads((folder.flower / OUTCOME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        outcome = {}
-    if outcome.get("run_id") == str(run_id) and outcome.get("exit_code"):
+    outcome = _outcome(folder, run_id)
+    if outcome.get("exit_code"):
         error = FedptError(str(outcome.get("message")), hint=str(outcome.get("hint", "")))
         error.exit_code = int(outcome["exit_code"])
         return error
@@ -161,6 +194,15 @@ def failure(folder: ServerFolder, run_id: int, details: str) -> FedptError:
         f"the run failed: {details or 'its process is gone'}",
         hint=f"{folder.flower / 'acceptor.log'} says more; `federation run` again goes on where it stopped",
     )
+
+
+def _outcome(folder: ServerFolder, run_id: int) -> dict[str, Any]:
+    """What a ServerApp wrote down of its end; empty if it could not."""
+    try:
+        outcome = json.loads((folder.flower / OUTCOME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return outcome if isinstance(outcome, dict) and outcome.get("run_id") == str(run_id) else {}
 
 
 def local_runtime(folder: ServerFolder) -> Runtime:

@@ -14,7 +14,7 @@ from flwr.common.serde import message_to_proto
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from fedpt_secure.flower import mailbox as flower_mailbox
+from fedpt_secure.flower import arriving
 from fedpt_secure.flower.grid_transport import Delivery
 from fedpt_secure.flower.mailbox import FlowerMailbox
 from fedpt_secure.flower.messages import REPLY, pack
@@ -189,7 +189,7 @@ def test_content_that_will_not_come_is_no_reply(link, mailbox):
 
 
 def test_a_reply_without_end_is_cut(link, mailbox, monkeypatch):
-    monkeypatch.setattr(flower_mailbox, "LARGEST_MESSAGE", 1000)
+    monkeypatch.setattr(arriving, "LARGEST_MESSAGE", 1000)
     first, second = message_to(mailbox), message_to(mailbox, OTHER)
     link.file(reply(link, pack(REPLY, bytes(2000))), to=first, sender=NODE)
     many = RecordDict({f"{index}": ConfigRecord({"reply": b""}) for index in range(20)})
