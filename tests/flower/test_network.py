@@ -89,6 +89,32 @@ def require_secret_for_tasks(network):
     assert refused.value.response.status_code in (401, 403)
 
 
+def require_strange_nodes_refused(network, directory):
+    """A SuperNode whose key the server does not have, and one that takes another authority's word, do not connect."""
+    from fedpt_secure.flower.certificates import make_authority, make_node_key
+    from fedpt_secure.flower.processes import child_environment
+    from fedpt_secure.flower.services import _free_port, _supernode_arguments
+
+    directory.mkdir()
+    (directory / "node.key").write_bytes(make_node_key()[0])
+    (directory / "ca.crt").write_bytes(make_authority("another")[1])
+    (directory / "secret").write_bytes(bytes(32))
+    folder = network.clients[network.names[0]]
+    usual = _supernode_arguments(folder, folder.settings().server, directory / "secret", port=_free_port())
+    for mine, name in ((folder.node_key, "node.key"), (folder.certificate, "ca.crt")):
+        arguments = [str(directory / name) if argument == str(mine) else argument for argument in usual]
+        assert arguments != list(usual)
+        ended = subprocess.run(
+            [sys.executable, "-P", "-m", "fedpt_secure.flower.supernode", *arguments, "--max-retries", "0"],
+            env=child_environment(directory),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ended.returncode != 0
+        assert "SuperNode ID" not in ended.stdout + ended.stderr
+
+
 def test_a_run_over_flower_is_the_local_engines_bit_for_bit_and_runs_no_code_that_was_sent(
     make_flower_network, tmp_path, monkeypatch
 ):
@@ -120,6 +146,7 @@ def test_a_run_over_flower_is_the_local_engines_bit_for_bit_and_runs_no_code_tha
     require_locked_up(network)
     require_closed_to_strangers(network)
     require_secret_for_tasks(network)
+    require_strange_nodes_refused(network, tmp_path / "stranger")
 
     assert not marker.exists(), "the bundle's code was run"
     assert list(network.root.rglob("fedpt_federation*")) == [], "the bundle was unpacked"
