@@ -70,7 +70,7 @@ Losses = npt.NDArray[np.float64]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
-    options = _parse(arguments)
+    options = parse(arguments)
     torch.set_num_threads(options.threads)
     quiet_libraries()
     console = Console(stderr=True)
@@ -236,7 +236,8 @@ def _table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=NAMES, required=True)
     parser.add_argument("--epsilon", type=float, default=4.0)

@@ -127,7 +127,7 @@ def test_where_there_is_no_gap_no_fraction_is_stated(benchmark):
 
 def test_minutes_scale_the_rounds_and_a_bad_setting_is_named(benchmark):
     utility = benchmark["utility"]
-    options = utility._parse(["--data", "chat", "--minutes", "15", "--set", "privacy.clip_norm=0.3"])
+    options = utility.parse(["--data", "chat", "--minutes", "15", "--set", "privacy.clip_norm=0.3"])
     config = utility.configuration(options)
     assert config.federation.rounds == round(utility.RECIPE["federation"]["rounds"] / 2)
     assert config.privacy.clip_norm == 0.3
