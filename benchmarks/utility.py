@@ -14,9 +14,9 @@ over the held-out records, in nats per token, with a percentile bootstrap over r
 directly tuned model is that of `utility_ceiling.py`: without privacy, centrally, on so many records as `ceiling` says;
 its losses per record stand in `ceilings.json` by the digest of the records, so that other records are never compared.
 
-Settings are one recipe for all data sets (`RECIPE`), set from the log and from what a run costs, not tuned; `--set
-section.key=value` changes them. `minutes` is CPU time of all threads, held-out evaluation included; `--minutes M` gives
-M / 30 of the recipe's rounds.
+Settings are one recipe for all data sets (`RECIPE`, and `SCALES` by how much noise there is), chosen on training
+records of chat (docs/results.md); `--set section.key=value` changes them. `minutes` is CPU time of all threads,
+held-out evaluation included; `--minutes M` gives M / 30 of the recipe's rounds.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,43 @@ FULL_MINUTES = 30.0
 RESAMPLES = 5000
 RECIPE: dict[str, Any] = {
     "privacy": {"mode": "distributed"},
-    "federation": {"rounds": 10},
-    "training": {"server_learning_rate": 0.05, "sampled_positions": 32},
+    "training": {"sampled_positions": 32},
     "models": {"activation_cache_mb": 1024},
 }
-MOST_CLIENTS = 64
-"""Of a round: what a simulated round of secure aggregation costs grows with them."""
-RECORDS_A_ROUND = 900
-"""Expected number in a round's sum; the sampling rate follows from it and the (public) number of records."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What of the recipe follows from how much noise there is: with less of it to average out, more and smaller rounds,
+    and without any the whole last layer trained.
+
+    Attributes:
+        modules: of the last layer.
+        learning_rate: of the server's Adam; smaller for more entries.
+        rounds: of a run of at most 30 CPU minutes.
+        clients: most in a round. A simulated round of secure aggregation costs as much as the square of them.
+        records: expected number in a round's sum; the sampling rate follows from it and the (public) number of records.
+    """
+
+    modules: tuple[str, ...]
+    learning_rate: float
+    rounds: int
+    clients: int
+    records: int
+
+    @classmethod
+    def of(cls, epsilon: float, records: int) -> Scale:
+        """That of an epsilon and a number of training records, both public. Noise falls with their product."""
+        return next(scale for least, scale in SCALES if epsilon * records >= least)
+
+
+LAST_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SCALES = (
+    (math.inf, Scale(LAST_LAYER, 0.02, rounds=60, clients=32, records=450)),
+    (40_000, Scale(("down_proj",), 0.05, rounds=50, clients=107, records=900)),
+    (0, Scale(("down_proj",), 0.05, rounds=30, clients=214, records=1850)),
+)
+"""By the least product of epsilon and records, descending."""
 SURVIVING = 0.9
 """A round is aborted where fewer than this share answer, so that the noise of so many suffices (nobody drops here)."""
 Losses = npt.NDArray[np.float64]
@@ -103,7 +133,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         evaluation_records=config.evaluation.records,
         context_length=config.models.context_length,
     )
-    config = for_records(config, records)
+    config = for_records(config, records, options.minutes)
     with tempfile.TemporaryDirectory() as temporary:
         path = options.run or Path(temporary) / "run"
         resumed = path.exists()
@@ -143,8 +173,6 @@ def configuration(options: argparse.Namespace) -> RunConfig:
             "evaluation": {"records": options.evaluation_records},
         },
     )
-    rounds = max(1, round(settings["federation"]["rounds"] * options.minutes / FULL_MINUTES))
-    settings = overlay(settings, {"federation": {"rounds": rounds}})
     for line in options.set:
         try:
             settings = overlay(settings, tomllib.loads(line))
@@ -153,20 +181,33 @@ def configuration(options: argparse.Namespace) -> RunConfig:
     return build(RunConfig, settings)
 
 
-def for_records(config: RunConfig, records: Records) -> RunConfig:
-    """The configuration with the cohort, its survivors and the rate that suit the data, where it does not say them."""
+def for_records(config: RunConfig, records: Records, minutes: float = FULL_MINUTES) -> RunConfig:
+    """The configuration with what suits the data and the noise (`Scale`), where it does not say it itself.
+
+    Args:
+        minutes: that the run may take; the rounds are a proportion of the scale's.
+    """
     federation, privacy = config.federation, config.privacy
-    cohort = federation.cohort or min(records.clients, MOST_CLIENTS)
-    least = federation.minimum_survivors or math.ceil(SURVIVING * cohort)
-    rate = privacy.sampling_rate
-    if "sampling_rate" not in privacy.model_fields_set:
-        rate = min(1.0, round(RECORDS_A_ROUND * records.clients / (cohort * len(records.train)), 3))
-    return config.model_copy(
-        update={
-            "federation": federation.model_copy(update={"cohort": cohort, "minimum_survivors": least}),
-            "privacy": privacy.model_copy(update={"sampling_rate": rate}),
-        }
-    )
+    scale = Scale.of(privacy.epsilon, len(records.train))
+    cohort = federation.cohort or min(records.clients, scale.clients)
+    suited: dict[str, dict[str, Any]] = {
+        "federation": {
+            "rounds": max(1, round(scale.rounds * minutes / FULL_MINUTES)),
+            "cohort": cohort,
+            "minimum_survivors": math.ceil(SURVIVING * cohort),
+        },
+        "privacy": {
+            "sampling_rate": min(1.0, round(scale.records * records.clients / (cohort * len(records.train)), 3))
+        },
+        "lora": {"modules": scale.modules},
+        "training": {"server_learning_rate": scale.learning_rate},
+    }
+    changed = {}
+    for name, values in suited.items():
+        section = getattr(config, name)
+        said = section.model_fields_set
+        changed[name] = section.model_copy(update={key: value for key, value in values.items() if key not in said})
+    return config.model_copy(update=changed)
 
 
 def gap_closed(

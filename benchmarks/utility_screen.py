@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         evaluation_records=config.evaluation.records,
         context_length=config.models.context_length,
     )
-    config = utility.for_records(config, records)
+    config = utility.for_records(config, records, options.minutes)
     with tempfile.TemporaryDirectory() as temporary:
         result = run_training(
             config, RunDirectory.create(Path(temporary) / "run", config), cache=Cache(), progress=progress

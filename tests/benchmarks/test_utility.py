@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 import io
+import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -125,11 +127,15 @@ def test_where_there_is_no_gap_no_fraction_is_stated(benchmark):
         benchmark["utility"].gap_closed(losses, losses - 1, mixed, 0)
 
 
+def records_of(benchmark, count, clients=20):
+    return benchmark["utility_data"].Records(train=(None,) * count, evaluation=(), clients=clients, digest="")
+
+
 def test_minutes_scale_the_rounds_and_a_bad_setting_is_named(benchmark):
     utility = benchmark["utility"]
     options = utility.parse(["--data", "chat", "--minutes", "15", "--set", "privacy.clip_norm=0.3"])
-    config = utility.configuration(options)
-    assert config.federation.rounds == round(utility.RECIPE["federation"]["rounds"] / 2)
+    config = utility.for_records(utility.configuration(options), records_of(benchmark, 100), options.minutes)
+    assert config.federation.rounds == utility.SCALES[-1][1].rounds / 2
     assert config.privacy.clip_norm == 0.3
     assert config.privacy.mode == "distributed"
     options.set = ["privacy.clip_norm"]
@@ -138,6 +144,30 @@ def test_minutes_scale_the_rounds_and_a_bad_setting_is_named(benchmark):
     options.set = ["privacy.clip=1"]
     with pytest.raises(ConfigError, match=r"privacy\.clip"):
         utility.configuration(options)
+
+
+def test_the_less_noise_the_more_and_smaller_rounds(benchmark):
+    scales = [scale for _, scale in benchmark["utility"].SCALES]
+    for more, less in itertools.pairwise(scales):
+        assert set(more.modules) >= set(less.modules)
+        assert more.rounds > less.rounds
+        assert more.clients < less.clients
+        assert more.records < less.records
+        assert more.learning_rate <= less.learning_rate
+    of = benchmark["utility"].Scale.of
+    assert [of(math.inf, 100), of(8.0, 6184), of(4.0, 11933), of(4.0, 6184)] == [*scales[:2], *scales[1:]]
+
+
+def test_what_the_command_line_says_is_not_overridden_by_the_scale(benchmark):
+    utility = benchmark["utility"]
+    said = ["federation.rounds=3", "federation.cohort=5", "privacy.sampling_rate=0.5", 'lora.modules=["q_proj"]']
+    options = utility.parse(["--data", "chat", *(word for line in said for word in ("--set", line))])
+    config = utility.for_records(utility.configuration(options), records_of(benchmark, 100))
+    assert (config.federation.rounds, config.federation.cohort, config.federation.minimum_survivors) == (3, 5, 5)
+    assert (config.privacy.sampling_rate, config.lora.modules) == (0.5, ("q_proj",))
+    free = utility.for_records(utility.configuration(utility.parse(["--data", "chat"])), records_of(benchmark, 10_000))
+    assert (free.federation.cohort, free.federation.minimum_survivors) == (20, 18)
+    assert free.privacy.sampling_rate == pytest.approx(900 / 10_000)
 
 
 def test_missing_data_says_where_it_was_looked_for(benchmark, tmp_path):
