@@ -6,6 +6,8 @@ says what it does not promise: the server follows the protocol, and no client is
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import numpy.typing as npt
 
@@ -111,6 +113,7 @@ class CkksClient(SingleUseClient):
         self._survivors: tuple[int, ...] = ()
         self._statement = b""
         self._total = b""
+        self._opened: tuple[bytes, CkksKey] | None = None
 
     def advertise(self) -> bytes:
         """Phase 1: a fresh channel key, signed."""
@@ -151,6 +154,18 @@ class CkksClient(SingleUseClient):
                 )
             )
 
+    def open_inbox(self, inbox: bytes) -> None:
+        """Phase 3, its first half, optional: open the dealt key before a vector is computed.
+
+        Raises:
+            MessageError: the inbox is not acceptable.
+            DealerMissing, KeyRejected, BelowThreshold: as `mask`.
+        """
+        with self._step(ClientState.SHARED, ClientState.SHARED):
+            if self._opened is not None:
+                raise ProtocolStateError("the inbox was opened before")
+            self._opened = (hashlib.sha256(inbox).digest(), self._open_inbox(inbox))
+
     def mask(self, inbox: bytes, vector: npt.NDArray[np.float64]) -> bytes:
         """Phase 3: open the dealt key, encrypt the vector.
 
@@ -168,7 +183,10 @@ class CkksClient(SingleUseClient):
         self._require_state(ClientState.SHARED)
         check_values(vector, self._session.parameters)
         with self._step(ClientState.SHARED, ClientState.MASKED):
-            key = self._open_inbox(inbox)
+            opened = self._opened or (hashlib.sha256(inbox).digest(), self._open_inbox(inbox))
+            if opened[0] != hashlib.sha256(inbox).digest():
+                raise TranscriptMismatch("the vector is to go with another inbox than the one that was opened")
+            key, self._opened = opened[1], None
             ciphertexts = messages.pack_ciphertexts(key.encrypt(vector))
             self._ckks_key = key
             self._ciphertexts = messages.ciphertexts_digest(ciphertexts)
@@ -385,4 +403,4 @@ class CkksClient(SingleUseClient):
         wipe(self._channel.private)
         if self._group_key is not None:
             wipe(self._group_key.secret)
-        self._group_key = self._ckks_key = None
+        self._group_key = self._ckks_key = self._opened = None

@@ -7,6 +7,7 @@ round for this client.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 from fedpt_secure.crypto import messages
@@ -98,6 +99,7 @@ class SecAggClient(SingleUseClient):
         self._held_shares: dict[int, tuple[bytearray, bytearray]] = {}
         self._sharers: tuple[int, ...] = ()
         self._survivors: tuple[int, ...] = ()
+        self._opened: tuple[bytes, tuple[int, ...]] | None = None
 
     def advertise(self) -> bytes:
         """Phase 1: fresh keys and a commitment to the self-mask seed, signed."""
@@ -151,6 +153,22 @@ class SecAggClient(SingleUseClient):
                 )
             )
 
+    def open_inbox(self, inbox: bytes) -> None:
+        """Phase 3, its first half, optional: open the shares of others, before a vector is computed.
+
+        What others may have done wrong comes out here, so that nobody trains, and spends privacy, for a round that
+        cannot be masked. `mask` then takes the same inbox and no other.
+
+        Raises:
+            MessageError: the inbox is not acceptable.
+            ShareRejected: a sealed share does not open.
+            BelowThreshold: too few clients shared their keys.
+        """
+        with self._step(ClientState.SHARED, ClientState.SHARED):
+            if self._opened is not None:
+                raise ProtocolStateError("the inbox was opened before")
+            self._opened = (hashlib.sha256(inbox).digest(), self._open_inbox(inbox, self._checked_directory()))
+
     def mask(self, inbox: bytes, vector: RingVector) -> bytes:
         """Phase 3: open the shares of others, add the masks, send the masked vector.
 
@@ -160,7 +178,7 @@ class SecAggClient(SingleUseClient):
 
         Raises:
             ParameterError: the vector is not of that form; the machine goes on.
-            MessageError: the inbox is not acceptable.
+            MessageError: the inbox is not acceptable, or another than `open_inbox` had.
             ShareRejected: a sealed share does not open.
             BelowThreshold: too few clients shared their keys.
         """
@@ -168,7 +186,10 @@ class SecAggClient(SingleUseClient):
         check_vector(vector, length=self._context.vector_length, ring_bits=self._context.ring_bits)
         with self._step(ClientState.SHARED, ClientState.MASKED):
             directory = self._checked_directory()
-            peers = self._open_inbox(inbox, directory)
+            opened = self._opened or (hashlib.sha256(inbox).digest(), self._open_inbox(inbox, directory))
+            if opened[0] != hashlib.sha256(inbox).digest():
+                raise TranscriptMismatch("the vector is to go with another inbox than the one that was opened")
+            peers = opened[1]
             masked = vector.copy()
             apply_masks(masked, self._masks(peers, directory), workers=self._workers)
             reduce_in_place(masked, self._context.ring_bits)

@@ -61,7 +61,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, arra
             raise RoundError(f"announcement of {len(content)} bytes is larger than {MAXIMUM_BYTES}")
         try:
             announcement = msgspec.msgpack.decode(content, type=cls)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise RoundError(f"announcement cannot be read: {error}") from None
         if announcement.protocol != PROTOCOL:
             raise RoundError(f"server speaks {announcement.protocol!r}, this client {PROTOCOL!r}", hint="upgrade one")

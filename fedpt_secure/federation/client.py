@@ -183,6 +183,9 @@ class ClientWorker:
             AlreadyReleased: it gave its update to an earlier attempt of this round, and must not do so again.
         """
         announcement = self._announced
+        with as_round_error(f"client {self.client_id}"):
+            # Whatever is wrong with the round comes out before anything is trained, or spent.
+            self._active.open_inbox(inbox)
         released = self._release(announcement, small)
         self._watch_release(released)
         with as_round_error(f"client {self.client_id}"):

@@ -15,7 +15,14 @@ from fedpt_secure.federation.mechanisms import build_mechanism
 from fedpt_secure.federation.schedule import participations
 from fedpt_secure.federation.tiers import TrainingPlan
 from fedpt_secure.lm.small import SmallLM
-from fedpt_secure.privacy import UNITS, Budget, InsecureDeterministicRandom, SecureRandom, calibrate_noise
+from fedpt_secure.privacy import (
+    UNITS,
+    Budget,
+    GaussianSteps,
+    InsecureDeterministicRandom,
+    SecureRandom,
+    calibrate_noise,
+)
 
 Schedule = tuple[tuple[str, ...], ...]
 
@@ -48,7 +55,17 @@ def agreed_terms(
     """
     plan = TrainingPlan.of(config, client_ids, small.adapted_layers)
     mechanism = build_mechanism(config, noise_multiplier=noise_multiplier, dimension=small.dimension)
-    return ClientTerms(run_id, config, plan.digest(config_digest(config)), mechanism, schedule, plan)
+    digest = _with_cost(plan.digest(config_digest(config)), mechanism.cost)
+    return ClientTerms(run_id, config, digest, mechanism, schedule, plan)
+
+
+def _with_cost(digest: bytes, cost: GaussianSteps) -> bytes:
+    """Bind what a round costs: a program that calibrates otherwise has other terms, and nobody trains on two.
+
+    Six digits, so that the last bits of other numerical libraries do not part people.
+    """
+    told = f"{cost.noise_multiplier:.6g} {cost.sampling_rate:.6g} {cost.steps}"
+    return hashlib.sha256(b"fedpt-secure/terms/1" + digest + told.encode()).digest()
 
 
 def calibrate(config: RunConfig, schedule: Schedule) -> float:

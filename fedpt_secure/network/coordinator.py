@@ -16,22 +16,23 @@ import numpy as np
 from fedpt_secure.config import RunConfig
 from fedpt_secure.crypto import Hello, MessageError, Roster, proven_id
 from fedpt_secure.data import Cache
-from fedpt_secure.errors import RoundError
+from fedpt_secure.errors import RoundError, RunDirectoryError
 from fedpt_secure.federation import AggregationServer, ClientTerms, RunDirectory
 from fedpt_secure.federation.aggregation import Aggregation, aggregation_of
+from fedpt_secure.federation.local_engine import PHASES
 from fedpt_secure.federation.outcome import completed_rounds, publish, statement_of, take_step
 from fedpt_secure.federation.schedule import cohort_schedule
 from fedpt_secure.federation.setup import RunModels, TrainingModels, load_models, load_training_models
 from fedpt_secure.federation.state import RunState, restore, save
-from fedpt_secure.federation.terms import agreed_terms, calibrate, require_meaningful_delta
+from fedpt_secure.federation.terms import agreed_terms, calibrate
 from fedpt_secure.network.folder import Patience, ServerFolder
-from fedpt_secure.network.journal import RoundJournal
+from fedpt_secure.network.journal import Began, Closed, Entry, Lost, RoundJournal
 from fedpt_secure.network.network_round import carry_round
 from fedpt_secure.network.observer import Observer
 from fedpt_secure.network.service import Settle
-from fedpt_secure.network.terms import network_config
+from fedpt_secure.network.terms import network_config, network_digest, require_meaningful
 from fedpt_secure.network.transport import SETTLE, Transport
-from fedpt_secure.privacy import PrivacyStatement, Release
+from fedpt_secure.privacy import GaussianSteps, PrivacyStatement, Release
 from fedpt_secure.progress import Progress
 
 SECONDS_BETWEEN_HELLOS = 1.0
@@ -66,7 +67,7 @@ def run_federation(
     """
     roster = folder.roster()
     config = network_config(folder.config(), clients=len(roster))
-    require_meaningful_delta(config, dict.fromkeys(roster, 1))  # records are the clients' to check
+    require_meaningful(config, records_at_most=folder.settings().records_at_most, clients=len(roster))
     if (folder.run / "config.toml").is_file():
         directory = RunDirectory.open(folder.run)
         directory.require_settings(config.model_dump(exclude_none=True))
@@ -96,7 +97,8 @@ class _Coordinator:
         began = time.perf_counter()
         self._directory, self._config, self._roster = directory, config, roster
         self._transport, self._observer, self._progress = transport, observer, progress
-        self._patience: Patience = folder.settings().patience
+        settings = folder.settings()
+        self._patience: Patience = settings.patience
         self._aggregation = aggregation_of(config)
         federation = config.federation
         schedule = cohort_schedule(
@@ -116,6 +118,8 @@ class _Coordinator:
             small=self._small,
             noise_multiplier=noise_multiplier,
         )
+        self._network_digest = network_digest(self._terms, settings.records_at_most)
+        self._require_counted_as(self._terms.mechanism.cost)
         if not config.insecure_deterministic:
             observer.priced(self._terms.mechanism.cost, config.privacy.delta)
         if self._state.new:
@@ -154,11 +158,13 @@ class _Coordinator:
         """One round, from its cohort's gathering to the checkpoint; why it was aborted, or nothing."""
         state, small = self._state, self._small
         cohort = self._terms.schedule[round_index]
-        begun = self._journal.begun()
+        known = self._journal.entries()
+        begun = next((entry for entry in known if isinstance(entry, Began)), None)
         if begun is not None and begun.round_index != round_index:
             self._journal.remove()  # of a round whose result is durable
-            begun = None
-        self._gather(round_index, cohort)
+            known, begun = [], None
+        if not any(isinstance(entry, Closed) and entry.phase == PHASES[-1] for entry in known):
+            self._gather(round_index, cohort, known)
         adapter = small.adapter_vector()
         server = AggregationServer(
             config=self._config,
@@ -182,10 +188,11 @@ class _Coordinator:
         state.rounds_done = round_index + 1
         state.add_seconds("rounds", time.perf_counter() - began)
         private = math.isfinite(self._config.privacy.epsilon) and not self._config.insecure_deterministic
-        mark = {"round": round_index, "private": private}
+        mark = {"round": round_index, "private": private, "cost": _told(self._terms.mechanism.cost)}
         summed = {"aggregator": self._aggregation.name, "trust": self._aggregation.trust}
         self._directory.append("transcript", mark | summed | asdict(transcript))
         length = float(np.linalg.norm(small.adapter_vector()))
+        mark.pop("cost")
         self._directory.append(
             "metrics",
             mark | {"adapter_norm": length, "clip_norm": state.clip_norm, "aborted": bool(transcript.aborted)},
@@ -195,30 +202,54 @@ class _Coordinator:
         self._observer.round_over(transcript)
         return transcript.aborted
 
-    def _gather(self, round_index: int, cohort: Sequence[str]) -> None:
+    def _gather(self, round_index: int, cohort: Sequence[str], known: Sequence[Entry]) -> None:
         """Wait for the round's cohort; begin with fewer only where the round can still succeed.
+
+        Args:
+            known: of a round that an earlier process began. Its clients may be training, and answer no hello before
+                they are done: they are waited for as long as for the training itself.
 
         Raises:
             RoundError: too few for too long.
         """
         patience, needed = self._patience, self._config.federation.agreed_survivors
+        lost = {entry.client_id for entry in known if isinstance(entry, Lost)}
+        wanted = set(cohort) - lost
+        enough = max(patience.gather_seconds, patience.training_seconds) if known else patience.gather_seconds
         began = time.monotonic()
-        hello = Hello(self._state.run_id, self._terms.config_digest, self._roster.digest, secrets.token_bytes(32))
+        hello = Hello(self._state.run_id, self._network_digest, self._roster.digest, secrets.token_bytes(32))
         accept = partial(_proven, hello=hello, roster=self._roster)
         while True:
             here = self._transport.gather(hello.to_bytes(), accept, seconds=SECONDS_BETWEEN_HELLOS * 10)
-            present = here & set(cohort)
+            present = here & wanted
             self._observer.gathering(round_index, here)
             waited = time.monotonic() - began
-            if len(present) == len(cohort) or (len(present) >= needed and waited > patience.gather_seconds):
+            if present == wanted or (len(present) >= needed and waited > enough):
                 return
-            if waited > patience.give_up_seconds:
+            if waited > max(patience.give_up_seconds, enough if known else 0.0):
+                if known or patience.then == "skip":
+                    return  # the round is asked of whoever is there, aborted, and over
                 raise RoundError(
                     f"{len(present)} of the {len(cohort)} clients of round {round_index} are there after {waited:.0f} s"
                     f"; {needed} are needed",
-                    hint="start it again once they are; it goes on with this round",
+                    hint="start it again once they are, and it goes on with this round; or, where they have left for "
+                    "good, patience.then = 'skip' in federation.toml",
                 )
             time.sleep(SECONDS_BETWEEN_HELLOS)
+
+    def _require_counted_as(self, cost: GaussianSteps) -> None:
+        """Refuse to go on where rounds so far had other noise than this program would give them.
+
+        Raises:
+            RunDirectoryError: a round's transcript has another cost, as after an update that calibrates otherwise.
+        """
+        for line in self._directory.read_log("transcript"):
+            if line.get("cost") != _told(cost):
+                raise RunDirectoryError(
+                    f"round {line['round']} cost its clients {line.get('cost')}, where this program would count "
+                    f"{_told(cost)}",
+                    hint="go on with the version that began the run, or start a new run",
+                )
 
     def _distillation(self, round_index: int) -> Callable[[], object] | None:
         if isinstance(self._models, RunModels):
@@ -246,6 +277,10 @@ class _Coordinator:
             lambda client, reply: None,
             seconds=self._patience.phase_seconds,
         )
+
+
+def _told(cost: GaussianSteps) -> list[float]:
+    return [cost.noise_multiplier, cost.sampling_rate, cost.steps]
 
 
 def _proven(answer: bytes, *, hello: Hello, roster: Roster) -> str | None:

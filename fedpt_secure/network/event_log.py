@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import threading
@@ -56,7 +57,10 @@ class EventLog:
             os.replace(self._path, self._path.with_name(self._path.name + ".1"))
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            os.write(descriptor, line.encode())
+            before, content = os.fstat(descriptor).st_size, line.encode()
+            if os.write(descriptor, content) < len(content):
+                os.ftruncate(descriptor, before)  # no half lines
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
 

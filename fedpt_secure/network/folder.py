@@ -20,6 +20,7 @@ A client's, open to its owner only:
     ca.crt                   whom it takes for the server
     ledger/                  what its records were used for
     joined.json              the run that it takes part in
+    ledger_mark.json         how many entries the ledger has, so that an older copy of it is noticed
     flower/                  launchers
     status.json, log.jsonl   for its owner; they never leave
 """
@@ -31,7 +32,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import Field, field_validator, model_validator
@@ -81,17 +82,26 @@ class Patience(Settings):
     gather_seconds: _Seconds = 120.0
     """At the start of a round, for the whole cohort to be there; then it begins with those who are."""
     give_up_seconds: _Seconds = 3600.0
-    """At the start of a round, for as many as the round needs; then the run stops, to be gone on with later."""
+    """At the start of a round, for as many as the round needs."""
+    then: Literal["stop", "skip"] = "stop"
+    """After that: stop the run, to be gone on with later; or abort the round, whose clients may have left for good, and
+    go on with the next."""
     phase_seconds: _Seconds = 60.0
     """For the answers of a phase without training."""
     training_seconds: _Seconds = 900.0
     """For the answers of the phase that trains."""
 
 
+RECORDS_AT_MOST = 99_999
+"""Just what delta 1e-5 allows in mode `distributed`."""
+
+
 class ServerSettings(Settings):
     """A server's `federation.toml`."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)] = "federation"
+    records_at_most: Annotated[int, Field(ge=1)] = RECORDS_AT_MOST
+    """As the clients have it."""
     server: Endpoint = Endpoint()
     patience: Patience = Patience()
     metrics_port: _Port | None = None
@@ -104,13 +114,12 @@ class ClientSettings(Settings):
     name: Annotated[str, Field(min_length=1, max_length=64)] = "federation"
     client_id: str
     server: Endpoint = Endpoint()
-    records_at_most: Annotated[int, Field(ge=1)] = 1_000_000
+    records_at_most: Annotated[int, Field(ge=1)] = RECORDS_AT_MOST
     """Public upper bound of all clients' training records together, which delta must be below one over in mode
-    `distributed`; this client refuses to take part if it alone has more."""
+    `distributed`; the same at everybody, or nobody answers. This client refuses to take part if it alone has more."""
     data: DataConfig | None = None
     """This client's own records, all of `source`; default: its share of the run's `data`, for test networks whose
     clients read one source."""
-    metrics_port: _Port | None = None
 
     @field_validator("data")
     @classmethod
@@ -188,6 +197,10 @@ class ClientFolder:
     @property
     def joined(self) -> Path:
         return self.path / "joined.json"
+
+    @property
+    def ledger_mark(self) -> Path:
+        return self.path / "ledger_mark.json"
 
     @property
     def flower(self) -> Path:

@@ -26,6 +26,7 @@ _MAGIC = b"fedpt-secure/journal/1\n"
 _DIGEST_BYTES = 32
 _HEAD_BYTES = 12
 _LARGEST_RECORD = 1 << 30
+_WAY_OUT = "moved away, the round under way counts as lost, and the run goes on"
 Phase = Literal["advertise", "share_keys", "mask", "confirm", "unmask"]
 """The phases of a round, as `federation.PHASES` has them."""
 
@@ -75,16 +76,21 @@ class RoundJournal:
         self._path = path
         self._open = False
 
+    def entries(self) -> list[Entry]:
+        """What the file holds, `Began` first; nothing where there is no file.
+
+        Raises:
+            RunDirectoryError: the file is damaged.
+        """
+        return self._read()[1] if self._path.exists() else []
+
     def begun(self) -> Began | None:
         """The round that the file is about; None where there is no file.
 
         Raises:
             RunDirectoryError: the file is damaged.
         """
-        if not self._path.exists():
-            return None
-        _, entries = self._read()
-        return next((entry for entry in entries if isinstance(entry, Began)), None)
+        return next((entry for entry in self.entries() if isinstance(entry, Began)), None)
 
     def open(self, round_index: int, attempt: int, announcement: bytes) -> list[Entry]:
         """Go on with the file, or begin it; what it holds so far.
@@ -99,7 +105,7 @@ class RoundJournal:
         if found != digest:
             raise RunDirectoryError(
                 f"{self._path} is about another announcement than that of round {round_index}, attempt {attempt}",
-                hint="with the version that began the round, it goes on; moved away, the round counts as lost",
+                hint=f"with the version that began the round it goes on; {_WAY_OUT}",
             )
         self._open = True
         return entries
@@ -125,7 +131,9 @@ class RoundJournal:
         with self._path.open("rb") as stream:
             head = stream.read(len(_MAGIC) + _DIGEST_BYTES)
             if not head.startswith(_MAGIC) or len(head) < len(_MAGIC) + _DIGEST_BYTES:
-                raise RunDirectoryError(f"{self._path} is not a journal of a round, or of another version")
+                raise RunDirectoryError(
+                    f"{self._path} is not a journal of a round, or of another version", hint=_WAY_OUT
+                )
             entries, end = [], stream.tell()
             for entry, end in _entries(stream, self._path):  # noqa: B007 - where the last whole one ends
                 entries.append(entry)
@@ -148,8 +156,13 @@ def _entries(stream: BinaryIO, path: Path) -> Iterator[tuple[Entry, int]]:
         if len(head) < _HEAD_BYTES:
             return
         length = int.from_bytes(head[:8], "big")
+        if length == 0:
+            # No record is empty: what a power cut leaves of a write is often zeros.
+            if any(head) or any(stream.read()):
+                raise RunDirectoryError(f"{path} is damaged: an empty record", hint=_WAY_OUT)
+            return
         if length > _LARGEST_RECORD:
-            raise RunDirectoryError(f"{path} is damaged: a record of {length} bytes")
+            raise RunDirectoryError(f"{path} is damaged: a record of {length} bytes", hint=_WAY_OUT)
         content = stream.read(length)
         if len(content) < length:
             return
@@ -158,8 +171,8 @@ def _entries(stream: BinaryIO, path: Path) -> Iterator[tuple[Entry, int]]:
             return  # the last write, of which the disk kept the length but not all of the content
         try:
             if not whole:
-                raise RunDirectoryError(f"{path} is damaged: a record does not match its checksum")
+                raise RunDirectoryError(f"{path} is damaged: a record does not match its checksum", hint=_WAY_OUT)
             entry = msgspec.msgpack.decode(content, type=Entry)
-        except msgspec.MsgspecError as error:
-            raise RunDirectoryError(f"{path} is damaged: {error}") from None
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise RunDirectoryError(f"{path} is damaged: {error}", hint=_WAY_OUT) from None
         yield entry, stream.tell()

@@ -7,10 +7,13 @@ One connection carries one request and its reply, each after its length in eight
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from fedpt_secure.errors import RoundError
@@ -18,6 +21,7 @@ from fedpt_secure.errors import RoundError
 _LENGTH = struct.Struct(">Q")
 _PEER = struct.Struct("3i")
 _BACKLOG = 64
+_SECONDS_AFTER_FAILURE = 0.2
 
 
 def ask(path: Path, request: bytes, *, seconds: float, largest: int) -> bytes:
@@ -64,6 +68,7 @@ class LocalServer:
     ) -> None:
         _take_over(path)
         self._path, self._answer, self._largest, self._failed = path, answer, largest, failed
+        self._closed = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
@@ -77,6 +82,7 @@ class LocalServer:
 
     def close(self) -> None:
         """Stop listening, remove the socket. Answers under way are finished by their own threads."""
+        self._closed = True
         self._path.unlink(missing_ok=True)
         self._listener.close()
 
@@ -84,9 +90,12 @@ class LocalServer:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            except (OSError, RuntimeError) as error:
+                if self._closed:
+                    return
+                self._failed(error)  # out of descriptors or threads, for now
+                time.sleep(_SECONDS_AFTER_FAILURE)
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:
@@ -96,6 +105,36 @@ class LocalServer:
                 _send(connection, self._answer(request))
             except BaseException as error:
                 self._failed(error)
+
+
+class OneThread:
+    """A function that one thread of its own computes, whatever threads call it; calls wait for one another.
+
+    What the thread has allocated it uses again, so that memory stays flat however many connections come. It ends with
+    the process: work under way is abandoned, as by a kill.
+
+    Args:
+        work: the function.
+    """
+
+    def __init__(self, work: Callable[[bytes], bytes]) -> None:
+        self._work = work
+        self._calls: queue.SimpleQueue[tuple[bytes, Future[bytes]]] = queue.SimpleQueue()
+        threading.Thread(target=self._compute, name="answers", daemon=True).start()
+
+    def __call__(self, content: bytes) -> bytes:
+        """The function's value, or its exception."""
+        result: Future[bytes] = Future()
+        self._calls.put((content, result))
+        return result.result()
+
+    def _compute(self) -> None:
+        while True:
+            content, result = self._calls.get()
+            try:
+                result.set_result(self._work(content))
+            except BaseException as error:
+                result.set_exception(error)
 
 
 def require_own_user(connection: socket.socket) -> None:

@@ -34,6 +34,7 @@ class Observer(Watcher):
         self._log = EventLog(folder.log)
         self._price: tuple[GaussianSteps, float] | None = None
         self._asked: Counter[str] = Counter()
+        self._charged: set[int] = set()
         self._epsilons: dict[int, float] = {}
         self._metrics = Metrics.on(folder.settings().metrics_port)
         status = new_status("server", {client: ClientLine() for client in clients})
@@ -44,7 +45,8 @@ class Observer(Watcher):
     def resumed(self, transcripts: Sequence[Mapping[str, Any]]) -> None:
         """Rounds that an earlier process made."""
         for line in transcripts:
-            self._count(line["cohort"], line["survivors"], line["dropped"], line["aborted"])
+            self._charge(line["round"], line["cohort"])
+            self._count(line["survivors"], line["dropped"], line["aborted"])
         self._file.status.round_index = len(transcripts)
         self._file.write(now=True)
 
@@ -65,6 +67,8 @@ class Observer(Watcher):
         """See `Watcher.phase`."""
         status = self._file.status
         status.state, status.round_index, status.phase = "round", round_index, phase
+        if phase == "advertise" and round_index not in self._charged:
+            self._charge(round_index, clients)  # before anything can have left a client
         for client in clients:
             status.clients[client].phase, status.clients[client].outcome = phase, "asked"
         self._file.write(now=True)
@@ -90,7 +94,7 @@ class Observer(Watcher):
         status = self._file.status
         status.round_index, status.state, status.phase = transcript.round_index + 1, "idle", ""
         status.why = transcript.aborted
-        self._count(transcript.cohort, transcript.survivors, transcript.dropped, transcript.aborted)
+        self._count(transcript.survivors, transcript.dropped, transcript.aborted)
         self._metrics.round(aborted=bool(transcript.aborted), survivors=len(transcript.survivors))
         self._file.write(now=True)
         outcome = "aborted" if transcript.aborted else "completed"
@@ -113,14 +117,16 @@ class Observer(Watcher):
         self._file.write(now=True)
         self._log.write("failed", why=type(error).__name__)
 
-    def _count(
-        self, cohort: Collection[str], survivors: Collection[str], dropped: Mapping[str, str], aborted: str
-    ) -> None:
-        status = self._file.status
-        status.aborted += bool(aborted)
+    def _charge(self, round_index: int, cohort: Collection[str]) -> None:
+        """A round costs whoever is asked in it, whether or not an update arrives."""
+        self._charged.add(round_index)
         for client in cohort:
             self._asked[client] += 1
-            status.clients[client].epsilon = self._spent(self._asked[client])
+            self._file.status.clients[client].epsilon = self._spent(self._asked[client])
+
+    def _count(self, survivors: Collection[str], dropped: Mapping[str, str], aborted: str) -> None:
+        status = self._file.status
+        status.aborted += bool(aborted)
         for client in survivors:
             status.clients[client].rounds += 1
         for client in dropped:

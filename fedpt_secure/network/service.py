@@ -12,7 +12,6 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -36,18 +35,21 @@ from fedpt_secure.federation.local_engine import PHASES
 from fedpt_secure.federation.prepared_text import client_examples
 from fedpt_secure.federation.schedule import cohort_schedule
 from fedpt_secure.federation.setup import load_training_models
-from fedpt_secure.federation.terms import agreed_terms, calibrate, client_randomness, require_meaningful_delta
+from fedpt_secure.federation.terms import agreed_terms, calibrate, client_randomness
 from fedpt_secure.federation.tiers import require_memory
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.network.event_log import EventLog
 from fedpt_secure.network.folder import ClientFolder, ClientSettings
-from fedpt_secure.network.joined_run import join_run, joined_run
-from fedpt_secure.network.local_socket import LocalServer
+from fedpt_secure.network.joined_run import join_run, joined_run, mark_ledger, require_not_older
+from fedpt_secure.network.local_socket import LocalServer, OneThread
 from fedpt_secure.network.status import StatusFile, new_status
-from fedpt_secure.network.terms import network_config
+from fedpt_secure.network.terms import network_config, network_digest, require_meaningful
 from fedpt_secure.network.transport import HELLO, LARGEST_BODY, SETTLE, Reply, Request
 from fedpt_secure.privacy import Ledger, SmallExample
 from fedpt_secure.progress import Progress
+
+_COUNTED = ("advertise", "mask", "confirm", "unmask")
+"""Phases after which the ledger has more entries."""
 
 
 class Settle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -84,6 +86,7 @@ class ClientService:
         ledger: Ledger,
     ) -> None:
         self._folder, self._config = folder, config
+        self._records_at_most = folder.settings().records_at_most
         self._identity, self._roster = identity, roster
         self._examples, self._small, self._ledger = examples, small, ledger
         self._schedule = cohort_schedule(
@@ -161,6 +164,8 @@ class ClientService:
         if before is not None and request.phase != PHASES[0]:
             raise RoundError(f"a second, different request in phase {request.phase}")
         body = self._phase(request.phase, request.body)
+        if request.phase in _COUNTED:
+            mark_ledger(self._folder.ledger_mark, self._ledger.entries())
         reply = Reply("answer", body)
         self._answers[request.phase] = (asked, reply)
         return reply
@@ -205,12 +210,14 @@ class ClientService:
     def _settle(self, body: bytes) -> None:
         try:
             settle = msgspec.msgpack.decode(body, type=Settle)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise RoundError(f"not a settle: {error}") from None
         if self._worker is None or settle.run_id != self._run_id:
             raise RoundError("a settle of another run")
         if not 0 <= settle.rounds_done <= self._config.federation.rounds:
             raise RoundError(f"a settle of {settle.rounds_done} rounds")
+        self._worker.discard()
+        self._answers.clear()
         self._worker.settle(settle.rounds_done)
 
     def _take_part(self, run_id: bytes) -> None:
@@ -226,8 +233,9 @@ class ClientService:
             small=self._small,
             noise_multiplier=self._noise_multiplier,
         )
+        digest = network_digest(terms, self._records_at_most)
         if self._worker is not None and self._run_id == run_id:
-            return self._worker, terms.config_digest
+            return self._worker, digest
         worker = ClientWorker(
             self.client_id,
             self._examples,
@@ -237,7 +245,7 @@ class ClientService:
             ledger=self._ledger,
             randomness=client_randomness(self._config, self.client_id),
         )
-        return worker, terms.config_digest
+        return worker, digest
 
     def _note(self, phase: str, reply: Reply) -> None:
         status = self._status.status
@@ -251,11 +259,7 @@ class ClientService:
         )
         if phase in PHASES:
             status.state, status.phase, status.why = "round", phase, reply.code
-        try:
-            self._status.write(now=True)
-        except OSError as error:
-            # The status is for people; a full disk is answered for where it counts, in the ledger.
-            self._log.write("no_status", why=error.strerror or "")
+        self._status.write(now=True)
 
 
 def open_service(folder: ClientFolder, *, ask_passphrase: Callable[[], str], progress: Progress) -> ClientService:
@@ -269,6 +273,8 @@ def open_service(folder: ClientFolder, *, ask_passphrase: Callable[[], str], pro
     identity = _identity(folder.identity, settings, roster, ask_passphrase)
     text = own_text(settings, config, progress)
     _require_meaningful(settings, config, text, clients=len(roster))
+    ledger = Ledger(folder.ledger)
+    require_not_older(folder.ledger_mark, ledger.entries())
     models = load_training_models(config, cache=Cache(), progress=progress)
     require_memory(config, models.small)
     return ClientService(
@@ -278,7 +284,7 @@ def open_service(folder: ClientFolder, *, ask_passphrase: Callable[[], str], pro
         roster=roster,
         examples=tuple(client_examples(text, models, config)),
         small=models.small,
-        ledger=Ledger(folder.ledger),
+        ledger=ledger,
     )
 
 
@@ -302,11 +308,9 @@ def serve_client(
     service = open_service(folder, ask_passphrase=ask_passphrase, progress=progress)
     log = EventLog(folder.log)
     log.write("listening", client=service.client_id, pid=os.getpid())
-    # One thread for all of them, whatever connection they come by: what it has allocated it uses again.
-    answering = ThreadPoolExecutor(1, thread_name_prefix="answers")
     server = LocalServer(
         place,
-        lambda request: answering.submit(service.answer, request).result(),
+        OneThread(service.answer),
         largest=LARGEST_BODY,
         failed=lambda error: log.write("refused", code="connection", why=type(error).__name__),
     )
@@ -315,7 +319,6 @@ def serve_client(
         stop.wait()
     finally:
         server.close()
-        answering.shutdown(wait=False, cancel_futures=True)
         service.stopped()
         log.write("stopped", client=service.client_id, pid=os.getpid())
 
@@ -365,7 +368,4 @@ def _require_meaningful(settings: ClientSettings, config: RunConfig, text: Clien
             "this client has more training records than records_at_most says all clients have together",
             hint="records_at_most in federation.toml, the same bound at every client",
         )
-    records = {"local": {"own": own}, "distributed": {"all": settings.records_at_most}}.get(
-        config.privacy.mode, dict.fromkeys(map(str, range(clients)), 1)
-    )
-    require_meaningful_delta(config, records)
+    require_meaningful(config, records_at_most=settings.records_at_most, clients=clients, own=own)

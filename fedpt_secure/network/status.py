@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import time
@@ -81,7 +82,8 @@ class StatusFile:
         if not now and time.monotonic() - self._written < SECONDS_BETWEEN_WRITES:
             return
         self.status.updated = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        files.write_bytes(self._path, msgspec.json.encode(self.status), mode=0o600)
+        with contextlib.suppress(OSError):  # it is for people; what must be counted stops where it is counted
+            files.write_bytes(self._path, msgspec.json.encode(self.status), mode=0o600)
         self._written = time.monotonic()
 
 

@@ -99,5 +99,5 @@ def _decode(content: bytes, kind: type[_Message]) -> _Message:
         raise RoundError(f"a message of {len(content)} bytes is larger than {LARGEST_BODY}")
     try:
         return msgspec.msgpack.decode(content, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RoundError(f"not a {kind.__name__.lower()}: {error}") from None

@@ -130,6 +130,13 @@ class Ledger:
             budget = _budgets(connection)[-1]
             return epsilon_spent(_history(connection, budget.unit), delta=budget.delta)
 
+    def entries(self) -> int:
+        """How many there are of all kinds; it only grows, so that an older copy of the file has fewer."""
+        tables = ("releases", "budgets", "sessions", "opened")
+        with self._file.transaction() as connection:
+            counts = [connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables]  # noqa: S608
+        return sum(counts)
+
     def runs(self) -> tuple[str, ...]:
         """The runs that something was released to, in order of their first release."""
         with self._file.transaction() as connection:

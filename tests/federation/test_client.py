@@ -290,3 +290,24 @@ def test_dropouts_are_drawn_at_the_stated_rate_and_repeat_with_the_seed():
     assert drawn == draw_dropouts(cohort, dropout=0.1, seed=1, round_index=0)
     assert set(drawn.values()) == {"advertise", "share_keys", "mask", "confirm", "unmask"}
     assert draw_dropouts(cohort, dropout=0.0, seed=1, round_index=0) == {}
+
+
+@pytest.mark.parametrize("when", ["before keys are shared", "with a share that does not open"])
+def test_a_round_that_cannot_be_masked_is_not_paid_for(when, federation, small, tmp_path):
+    """A malicious server that asks too early, or a malicious client that seals garbage, spends nobody's privacy."""
+    workers, roster = federation
+    server = server_for(roster, small)
+    for client, worker in workers.items():
+        server.receive("advertise", client, worker.announce(server.announcement, small))
+    inbox = b""
+    if when != "before keys are shared":
+        directory = server.publish_keys()
+        for client, worker in workers.items():
+            server.receive("share_keys", client, worker.share_keys(directory))
+        spoiled = bytearray(server.route_shares()[IDS[0]])
+        spoiled[-1] ^= 1
+        inbox = bytes(spoiled)
+    with pytest.raises(RoundError):
+        workers[IDS[0]].train_and_mask(inbox, small)
+    assert Ledger(tmp_path / "0").history() == ()
+    assert workers[IDS[0]].releases == ()

@@ -18,7 +18,7 @@ from fedpt_secure.network.transport import Reply, Request
 from fedpt_secure.privacy import Ledger
 from fedpt_secure.progress import SILENT
 
-from .conftest import NAMES, local_adapter, wait_for
+from .conftest import NAMES, die, local_adapter, wait_for
 
 SHORT = Patience(gather_seconds=1, give_up_seconds=120, phase_seconds=6, training_seconds=10)
 """For those who wait for somebody wedged; long enough for everybody else on a busy machine."""
@@ -257,3 +257,47 @@ def test_more_records_than_everybody_is_said_to_have_are_refused(make_network):
     write_settings(folder.path, ClientSettings(client_id=VICTIM, records_at_most=3))
     with pytest.raises(PrivacyError, match="records_at_most"):
         service.open_service(folder, ask_passphrase=str, progress=SILENT)
+
+
+def test_a_server_with_another_bound_of_records_gets_no_answer(make_network):
+    network = make_network({"federation": {"rounds": 1}}, patience=SHORT.model_copy(update={"give_up_seconds": 2.0}))
+    network.start_clients()
+    settings = network.server.settings()
+    write_settings(network.server.path, settings.model_copy(update={"records_at_most": 500}))
+    assert network.finish(network.start_server()) == 7
+    assert not any(folder.joined.exists() for folder in network.clients.values())
+
+
+def test_a_round_whose_clients_have_left_for_good_is_skipped_where_the_settings_say_so(make_network):
+    """Of nine clients three are gone: rounds that ask too many of them are aborted, the others complete."""
+    patience = SHORT.model_copy(update={"gather_seconds": 1.0, "give_up_seconds": 2.0, "then": "skip"})
+    network = make_network({"federation": {"rounds": 9, "cohort": 4, "minimum_survivors": 3}}, patience=patience)
+    gone = set(NAMES[:3])
+    network.start_clients(*[name for name in NAMES if name not in gone])
+    assert network.finish(network.start_server()) == 0
+    lines = RunDirectory.open(network.server.run).read_log("transcript")
+    aborted = [bool(line["aborted"]) for line in lines]
+    assert aborted == [len(gone & set(line["cohort"])) > 1 for line in lines]
+    assert set(aborted) == {True, False}
+
+
+def test_a_run_is_not_gone_on_with_by_a_program_that_counts_otherwise(make_network):
+    network = make_network({"federation": {"rounds": 2}})
+    network.start_clients()
+
+    def killed_after_a_round():
+        from fedpt_secure.network.observer import Observer
+
+        Observer.round_over = lambda self, transcript: die()
+
+    assert network.finish(network.start_server(killed_after_a_round)) == -9
+
+    def other_noise():
+        from fedpt_secure.network import coordinator
+
+        original = coordinator.calibrate
+        coordinator.calibrate = lambda config, schedule: original(config, schedule) * 1.01
+
+    assert network.finish(network.start_server(other_noise)) == 8
+    assert "cost its clients" in read_status(network.server.status).why
+    assert network.finish(network.start_server()) == 0

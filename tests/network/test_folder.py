@@ -161,9 +161,37 @@ def unused_port():
 
 
 @pytest.mark.parametrize("kind", [Request, Reply])
-@pytest.mark.parametrize("content", [b"", b"\xc1", b"\x90", b"\x93\x01\x02\x03", b"\xff" * 100])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xc1",
+        b"\x90",
+        b"\x93\x01\x02\x03",
+        b"\xff" * 100,
+        b"\x93\xa6answer\xc4\x00\xa1\xff",
+        b"\x92\xa1\xff\xc4\x00",
+        b"\x91" * 100_000,
+    ],
+)
 def test_bytes_that_are_no_message_are_refused(kind, content):
     from fedpt_secure.errors import RoundError
 
     with pytest.raises(RoundError):
         kind.from_bytes(content)
+
+
+def test_an_older_copy_of_a_ledger_is_refused(tmp_path):
+    from fedpt_secure.errors import LedgerError
+    from fedpt_secure.network.joined_run import mark_ledger, require_not_older
+
+    path = tmp_path / "ledger_mark.json"
+    require_not_older(path, 0)
+    mark_ledger(path, 7)
+    require_not_older(path, 7)
+    require_not_older(path, 8)
+    with pytest.raises(LedgerError, match="has 6 entries and had 7"):
+        require_not_older(path, 6)
+    path.write_text("{}")
+    with pytest.raises(LedgerError, match="damaged"):
+        require_not_older(path, 8)

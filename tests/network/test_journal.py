@@ -98,3 +98,22 @@ def test_a_removed_journal_is_gone_and_cannot_be_written(tmp_path):
     with pytest.raises(RunDirectoryError, match="not open"):
         journal.write(Closed("mask", 1.0))
     journal.remove()
+
+
+@pytest.mark.parametrize("zeros", [1, 7, 12, 13, 4096])
+def test_zeros_that_a_power_cut_left_are_dropped(zeros, tmp_path):
+    path = tmp_path / "journal"
+    write(path, [Closed("mask", 1.0)])
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(zeros))
+    assert RoundJournal(path).open(3, 1, ANNOUNCEMENT) == [Began(3, 1), Closed("mask", 1.0)]
+    assert path.read_bytes() == whole
+
+
+def test_an_empty_record_with_more_behind_it_is_damage(tmp_path):
+    path = tmp_path / "journal"
+    write(path, [])
+    path.write_bytes(path.read_bytes() + bytes(12) + b"something")
+    with pytest.raises(RunDirectoryError, match="empty record") as caught:
+        RoundJournal(path).entries()
+    assert "counts as lost" in caught.value.hint

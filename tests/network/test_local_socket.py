@@ -151,3 +151,44 @@ def test_what_is_no_socket_is_not_replaced(place):
     with pytest.raises(RoundError, match="not a socket"):
         LocalServer(place, bytes, largest=LARGEST, failed=print)
     assert place.read_text() == "somebody's file"
+
+
+def test_a_server_out_of_descriptors_goes_on_when_there_are_some(place, listening, monkeypatch):
+    accept, refusals = socket.socket.accept, [OSError(24, "Too many open files")] * 2
+
+    def failing(self):
+        if refusals:
+            raise refusals.pop()
+        return accept(self)
+
+    monkeypatch.setattr(socket.socket, "accept", failing)
+    failures = listening()
+    assert ask(place, b"ab", seconds=10, largest=LARGEST) == b"ba"
+    assert [failure.errno for failure in failures] == [24, 24]
+
+
+def test_one_thread_computes_what_many_ask_one_after_the_other():
+    running, most, threads = [], [], set()
+
+    def work(content):
+        if content == b"bad":
+            raise ValueError("no")
+        running.append(1)
+        most.append(len(running))
+        threads.add(threading.get_ident())
+        time.sleep(0.01)
+        running.pop()
+        return content[::-1]
+
+    one = local_socket.OneThread(work)
+    got = []
+    callers = [threading.Thread(target=lambda n=n: got.append(one(b"a%d" % n))) for n in range(5)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert sorted(got) == [b"%da" % n for n in range(5)]
+    assert (max(most), len(threads)) == (1, 1)
+    with pytest.raises(ValueError, match="no"):
+        one(b"bad")
+    assert one(b"ok") == b"ko"

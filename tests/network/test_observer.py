@@ -37,7 +37,13 @@ def test_a_client_is_charged_for_every_round_it_was_asked_in(folder):
     observer = make(folder)
     cost = GaussianSteps(2.0, 0.5, 3)
     observer.priced(cost, 1e-5)
+    observer.phase(0, "advertise", ("a", "b"))
+    first = read_status(folder.status).clients["a"].epsilon
+    assert first >= epsilon_spent((cost,), delta=1e-5), "charged before anything can have left"
     observer.round_over(transcript(0, ("a", "b"), ("a",), dropped=("b",)))
+    assert read_status(folder.status).clients["a"].epsilon == first
+    observer.phase(1, "advertise", ("a", "b"))
+    observer.phase(1, "advertise", ("a", "b"))
     observer.round_over(transcript(1, ("a", "b"), (), dropped=("a", "b"), aborted="too few"))
     lines = read_status(folder.status).clients
     exact = epsilon_spent((GaussianSteps(2.0, 0.5, 6),), delta=1e-5)
@@ -50,6 +56,7 @@ def test_a_client_is_charged_for_every_round_it_was_asked_in(folder):
 def test_without_noise_no_epsilon_is_shown(folder):
     observer = make(folder)
     observer.priced(GaussianSteps(0.0, 1.0, 1), 1e-5)
+    observer.phase(0, "advertise", IDS)
     observer.round_over(transcript(0, IDS, IDS))
     assert all(line.epsilon is None for line in read_status(folder.status).clients.values())
 
@@ -57,8 +64,9 @@ def test_without_noise_no_epsilon_is_shown(folder):
 def test_rounds_of_an_earlier_process_count(folder):
     observer = make(folder)
     observer.priced(GaussianSteps(2.0, 0.5, 3), 1e-5)
-    line = {"cohort": ["a", "b"], "survivors": ["a"], "dropped": {"b": "mask"}, "aborted": ""}
-    observer.resumed([line, line | {"survivors": [], "dropped": {"a": "mask", "b": "mask"}, "aborted": "few"}])
+    line = {"round": 0, "cohort": ["a", "b"], "survivors": ["a"], "dropped": {"b": "mask"}, "aborted": ""}
+    other = {"round": 1, "survivors": [], "dropped": {"a": "mask", "b": "mask"}, "aborted": "few"}
+    observer.resumed([line, line | other])
     status = read_status(folder.status)
     assert (status.round_index, status.aborted) == (2, 1)
     assert (status.clients["a"].rounds, status.clients["a"].dropped) == (1, 1)
