@@ -186,10 +186,14 @@ def client(folder: Path = typer.Argument(..., help="The client's folder.")) -> N
 
         require_installed()
         quiet_libraries()
+        place = ClientFolder(folder)
+        own = place.settings().data
+        _say_terms(place.config(), console)
+        source = f"{own.source}, all of it" if own is not None else f"its share of {place.config().data.source}"
+        report_line = f"records: {source}; budget and what is spent: `fedpt-secure ledger show {place.ledger}`"
+        console.print(report_line, markup=False, highlight=False, soft_wrap=True)
         with shown_on(console) as progress:
-            serve_client(
-                ClientFolder(folder), ask_passphrase=_ask_passphrase, progress=progress, stop=stop, note=progress.note
-            )
+            serve_client(place, ask_passphrase=_ask_passphrase, progress=progress, stop=stop, note=progress.note)
 
 
 @federation.command()
@@ -204,16 +208,20 @@ def run(folder: Path = typer.Argument(..., help="The server's folder."), json_ou
     with reported(console):
         from fedpt_secure.flower.services import run as run_federation
         from fedpt_secure.network.folder import ServerFolder
+        from fedpt_secure.network.status import read_status
 
         place = ServerFolder(folder)
+        place.settings()
+        _say_terms(place.config(), console)
         try:
             with _until_told() as stop, shown_on(console) as progress:
                 run_federation(place, progress=progress, stop=stop)
         except KeyboardInterrupt:
             report(console, "not watched any more; the run goes on", f"fedpt-secure federation run {folder}")
             raise typer.Exit(EXIT_INTERRUPTED) from None
-    result = {"run_directory": str(place.run), "finished": True}
-    typer.echo(json.dumps(result) if json_output else f"finished: {place.run}")
+    claim = read_status(place.status).claim
+    result = {"run_directory": str(place.run), "finished": True, "privacy": claim}
+    typer.echo(json.dumps(result) if json_output else f"finished: {place.run}\nPrivacy: {claim}")
 
 
 @federation.command()
@@ -231,6 +239,12 @@ def status(
 
         with _until_told() as stop:
             show(folder, watch=watch, as_json=json_output, stop=stop)
+
+
+def _say_terms(config: RunConfig, console: Console) -> None:
+    """Before anything starts: what the run's settings, which somebody else may have written, do not protect."""
+    warn_if_not_private(config, console)
+    warn_of_trust(config, console)
 
 
 def _init_network(

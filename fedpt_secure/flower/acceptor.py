@@ -53,8 +53,8 @@ class Acceptor:
         while True:
             try:
                 if time.monotonic() - looked > _LOOK_SECONDS:
-                    self.admit()
                     looked = time.monotonic()
+                    self.admit()
                 self.step()
                 answered = time.monotonic()
             except (httpx.HTTPError, RoundError):

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -85,7 +86,7 @@ def read_node_key(content: bytes) -> bytes:
     """
     try:
         key = load_ssh_public_key(content)
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise IdentityError(f"not a public key in OpenSSH's format: {error}") from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise IdentityError("a SuperNode's key is an ECDSA key", hint="`fedpt-secure federation init` makes one")

@@ -50,6 +50,9 @@ class Program:
     environment: Mapping[str, str] | None = None
 
 
+_THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
+
+
 def child_environment(directory: Path) -> dict[str, str]:
     """The environment of Flower's processes.
 
@@ -62,6 +65,11 @@ def child_environment(directory: Path) -> dict[str, str]:
     if any(nothing.iterdir()):
         raise ConfigError(f"{nothing} must be empty: what lies in it could be started")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
+    for name in ("NO_PROXY", "no_proxy"):
+        # What goes to this machine, task tokens among it, is no proxy's business.
+        environment[name] = ",".join(filter(None, (environment.get(name), *_THIS_MACHINE)))
+    # Who is said to speak through a proxy is believed of a proxy on this machine only, whatever a container's default.
+    environment["FORWARDED_ALLOW_IPS"] = "127.0.0.1"
     if places := environment.get("PYTHONPATH"):
         environment["PYTHONPATH"] = os.pathsep.join(str(Path(place).absolute()) for place in places.split(os.pathsep))
     return environment | _FLOWER | {"PATH": str(nothing), "FLWR_HOME": str(home)}
@@ -101,19 +109,18 @@ class Group:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def keep(self, stop: threading.Event) -> None:
-        """Keep them running until `stop`. Whoever calls this must live as long as they: a thread that ends takes them.
-
-        Raises:
-            OSError: a program cannot be started.
-        """
+        """Keep them running until `stop`. The calling thread must live as long as they: when it ends, they do."""
         pause = _SHORTEST_PAUSE_SECONDS
         try:
             while not stop.is_set():
                 started = time.monotonic()
-                for program in self._programs():
-                    self._start(program)
-                self._record()
-                ended = self._first_to_end(stop)
+                try:
+                    for program in self._programs():
+                        self._start(program)
+                    self._record()
+                    ended = self._first_to_end(stop)
+                except OSError as error:  # a full disk, or too many processes: it may pass
+                    ended = f"not started: {error.strerror or error}"
                 self._end()
                 if ended is None:
                     return

@@ -46,6 +46,7 @@ def is_allowed(scope: Any) -> bool:
 
 def main() -> None:
     """`python -m fedpt_secure.flower.superlink`, with the arguments of `flower-superlink`."""
+    import uvicorn
     from flwr.superlink import extensions
     from flwr.superlink.cli.flower_superlink import flower_superlink
     from starlette.middleware import Middleware
@@ -53,6 +54,9 @@ def main() -> None:
     from fedpt_secure.flower.compatibility import require_compatible
 
     require_compatible()
+    run = uvicorn.run
+    # Every SuperNode asks twice a second: a line each would fill a disk within weeks.
+    uvicorn.run = lambda *arguments, **settings: run(*arguments, **settings | {"access_log": False})
     extensions.get_middleware = lambda: (Middleware(LocalOnly),)
     sys.argv[0] = "flower-superlink"
     flower_superlink()

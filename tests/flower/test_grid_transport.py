@@ -54,7 +54,7 @@ class Mailbox:
                 del self._waiting[message]
                 found.append(answer if isinstance(answer, Delivery) else Delivery(message, node, answer))
         more, self.extra = self.extra, []
-        return found + more
+        return more + found  # what should not be there comes first
 
     def forget(self, messages):
         self.forgotten |= set(messages)

@@ -76,6 +76,39 @@ def test_the_path_of_children_holds_nothing_to_start(place, monkeypatch):
         child_environment(place)
 
 
+def test_no_proxy_stands_between_processes_of_this_machine_and_no_header_makes_a_stranger_local(place, monkeypatch):
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    monkeypatch.setenv("NO_PROXY", "intranet")
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
+    environment = child_environment(place)
+    assert environment["FORWARDED_ALLOW_IPS"] == "127.0.0.1"
+    assert environment["NO_PROXY"] == "intranet,127.0.0.1,::1,localhost"
+    assert environment["no_proxy"] == "127.0.0.1,::1,localhost"
+    assert environment["HTTP_PROXY"] == "http://proxy:3128"
+
+
+def test_what_cannot_be_started_is_tried_again(place):
+    notes, failures = [], [OSError(28, "No space left on device")]
+
+    def programs():
+        if failures:
+            raise failures.pop()
+        return []
+
+    stop = threading.Event()
+    group = Group(place, programs, notes.append)
+    thread = threading.Thread(target=group.keep, args=(stop,))
+    thread.start()
+    end = time.monotonic() + 20
+    while failures and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert thread.is_alive()
+    stop.set()
+    thread.join(20)
+    assert "not started: No space left on device" in notes[0]
+
+
 def test_a_relative_python_path_stays_what_it_was(place, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "modules")
     monkeypatch.chdir(place.parent)
