@@ -206,12 +206,14 @@ def run(folder: Path = typer.Argument(..., help="The server's folder."), json_ou
     """
     console = Console(stderr=True)
     with reported(console):
+        from fedpt_secure.flower.compatibility import require_installed
         from fedpt_secure.flower.services import run as run_federation
         from fedpt_secure.network.folder import ServerFolder
         from fedpt_secure.network.status import read_status
 
         place = ServerFolder(folder)
         place.settings()
+        require_installed()
         _say_terms(place.config(), console)
         try:
             with _until_told() as stop, shown_on(console) as progress:
