@@ -5,9 +5,9 @@ A server's:
     federation.toml          where the server listens, and how long it waits (`ServerSettings`)
     config.toml              the run's settings: the same bytes at every client
     roster.json              who takes part, and everybody's verify key: the same bytes at every client
-    tls/                     ca.crt, server.pem, server.key
+    tls/                     ca.crt, ca.key (to renew), server.pem, server.key
     nodes/NAME.pub           public keys of the clients' SuperNodes
-    flower/                  what Flower keeps: its database, its app, its launchers
+    flower/                  what Flower keeps: its database, its logs, its home; made at the start
     run/                     the run directory
     status.json, log.jsonl   for whoever watches
 
@@ -21,7 +21,8 @@ A client's, open to its owner only:
     ledger/                  what its records were used for
     joined.json              the run that it takes part in
     ledger_mark.json         how many entries the ledger has, so that an older copy of it is noticed
-    flower/                  launchers
+    flower/                  Flower's logs and home; made at the start
+    ID.public.json, ID.pub   to hand out: for the roster, and for the server's nodes/
     status.json, log.jsonl   for its owner; they never leave
 """
 

@@ -40,6 +40,18 @@ def hostile_bundle(directory, marker):
         return build_fab_from_disk(directory)
 
 
+def require_local_engines_result(network, directory):
+    """The run's last checkpoint, which is the local engine's bit for bit."""
+    run = RunDirectory.open(network.server.run)
+    ours = run.load_checkpoint()
+    local = RunDirectory.create(directory / "local", run.config())
+    run_training(run.config(), local, cache=Cache(directory / "cache"), progress=SILENT)
+    assert np.abs(ours.tensors["adapter"]).max() > 0
+    for name, value in local.load_checkpoint().tensors.items():
+        assert (ours.tensors[name] == value).all(), name
+    return ours
+
+
 def children_of(pid):
     """Process ids of a process's children."""
     return [
@@ -129,13 +141,7 @@ def test_a_run_over_flower_is_the_local_engines_bit_for_bit_and_runs_no_code_tha
     network.start_clients()
     network.run()
 
-    directory = RunDirectory.open(network.server.run)
-    ours = directory.load_checkpoint()
-    local = RunDirectory.create(tmp_path / "local", directory.config())
-    run_training(directory.config(), local, cache=Cache(tmp_path / "cache"), progress=SILENT)
-    assert np.abs(ours.tensors["adapter"]).max() > 0
-    for name, value in local.load_checkpoint().tensors.items():
-        assert (ours.tensors[name] == value).all(), name
+    ours = require_local_engines_result(network, tmp_path)
     for folder in network.clients.values():
         assert [release.round_index for release in Ledger(folder.ledger).releases(ours.run_id.hex())] == [0]
     assert read_status(network.server.status).state == "done"
@@ -160,3 +166,24 @@ def test_a_run_over_flower_is_the_local_engines_bit_for_bit_and_runs_no_code_tha
         started = network.children(name)
         assert network.stop(name) == 0
         assert not any(Path(f"/proc/{pid}").exists() for pid in started.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"mode": "local"}, {"mode": "distributed", "clipping": "quantile", "delta": 1e-7}])
+def test_eight_clients_over_flower_come_to_the_local_engines_adapter(make_flower_network, tmp_path, changes):
+    network = make_flower_network(8, {"privacy": changes, "federation": {"rounds": 2, "cohort": 8}})
+    network.start_server()
+    network.start_clients()
+    network.run(seconds=500)
+    ours = require_local_engines_result(network, tmp_path)
+    for folder in network.clients.values():
+        assert [release.round_index for release in Ledger(folder.ledger).releases(ours.run_id.hex())] == [0, 1]
+
+
+@pytest.mark.slow
+def test_an_insecure_network_on_this_machine_comes_to_the_same_adapter(make_flower_network, tmp_path):
+    network = make_flower_network(3, insecure=True)
+    network.start_server()
+    network.start_clients()
+    network.run()
+    require_local_engines_result(network, tmp_path)
