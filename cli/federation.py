@@ -212,8 +212,8 @@ def run(folder: Path = typer.Argument(..., help="The server's folder."), json_ou
         from fedpt_secure.network.status import read_status
 
         place = ServerFolder(folder)
-        place.settings()
         require_installed()
+        place.settings()
         _say_terms(place.config(), console)
         try:
             with _until_told() as stop, shown_on(console) as progress:
