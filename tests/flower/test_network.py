@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import ssl
 import subprocess
 import sys
@@ -127,6 +128,21 @@ def require_strange_nodes_refused(network, directory):
         assert "SuperNode ID" not in ended.stdout + ended.stderr
 
 
+def require_nothing_written_of_records_and_keys(network):
+    """Whatever anybody's processes have written, Flower's database and logs among it, holds no record and no key."""
+    records = [json.loads(line)["said"] for line in (network.root / "records.jsonl").read_text().splitlines()]
+    seeds = [json.loads(folder.identity.read_text())["seed"] for folder in network.clients.values()]
+    needles = [text.encode() for text in records] + [
+        form for seed in seeds for form in (seed.encode(), bytes.fromhex(seed))
+    ]
+    own = {folder.identity for folder in network.clients.values()}
+    written = [path for path in network.server.path.parent.rglob("*") if path.is_file() and path not in own]
+    assert any(path.name == "superlink.db" for path in written)
+    for path in written:
+        content = path.read_bytes()
+        assert not [needle for needle in needles if needle in content], path
+
+
 def test_a_run_over_flower_is_the_local_engines_bit_for_bit_and_runs_no_code_that_was_sent(
     make_flower_network, tmp_path, monkeypatch
 ):
@@ -149,6 +165,7 @@ def test_a_run_over_flower_is_the_local_engines_bit_for_bit_and_runs_no_code_tha
     # A second run of a federation that is finished is finished.
     network.run()
 
+    require_nothing_written_of_records_and_keys(network)
     require_locked_up(network)
     require_closed_to_strangers(network)
     require_secret_for_tasks(network)

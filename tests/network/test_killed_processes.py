@@ -88,9 +88,11 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def test_a_server_killed_at_any_moment_goes_on_to_the_very_same_adapter(make_network, tmp_path):
+@pytest.mark.parametrize("mode", ["local", "distributed"])
+def test_a_server_killed_at_any_moment_goes_on_to_the_very_same_adapter(mode, make_network, tmp_path):
     """A moment a life, all but the last in the first round: nothing acknowledged is lost or done twice."""
-    network = make_network({"federation": {"rounds": 2}})
+    privacy = {"mode": mode} | ({"delta": 1e-7} if mode == "distributed" else {})
+    network = make_network({"federation": {"rounds": 2}, "privacy": privacy})
     network.start_clients()
     seen = tmp_path / "masked"
 
