@@ -219,6 +219,8 @@ CHECKS_OF_THE_CLIENT = {
     "client_id not in context.cohort": "test_client_identity_roster_and_context_must_belong_together",
     "self._directory is None": "test_no_later_phase_runs_without_a_directory",
     "self._discarded": "test_a_call_that_was_discarded_from_within_gives_nothing_out",
+    "self._opened is not None": "test_an_inbox_is_opened_once_and_in_its_turn",
+    "opened[0] != hashlib.sha256(inbox).digest()": "test_the_vector_goes_with_the_inbox_that_was_opened",
     "not self._turn.acquire(blocking=False)": "test_a_second_thread_is_turned_away_while_a_call_runs",
 }
 """Checks in `client.py` and `single_use.py` that no attack of a server is about, and the test that holds them."""
