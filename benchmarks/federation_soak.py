@@ -176,7 +176,7 @@ class Soak:
 
     def _coordinate(self) -> None:
         _note_masked(self._root / "masked")
-        coordinator.load_training_models = lambda config, **rest: self._models  # type: ignore[assignment]
+        coordinator.load_training_models = lambda config, **rest: self._models
         transport = SocketTransport(tuple(folder.socket for folder in self._clients.values()))
         _or_exit(lambda: coordinator.run_federation(self._server, transport, progress=SILENT))
 
@@ -195,7 +195,7 @@ class Soak:
         _or_exit(watch)
 
     def _work(self, name: str) -> None:
-        service.load_training_models = lambda config, **rest: self._models  # type: ignore[assignment]
+        service.load_training_models = lambda config, **rest: self._models
         _fall_silent(name, self._options.dropout, self._options.seed)
         folder = self._clients[name]
         if self._options.over == "sockets":
@@ -385,17 +385,17 @@ def _note_masked(path: Path) -> None:
     def opening(self: RoundJournal, round_index: int, attempt: int, announcement: bytes) -> Any:
         entries = opened(self, round_index, attempt, announcement)
         began = next(entry for entry in entries if isinstance(entry, Began))
-        self.noted = (began.round_index, began.attempt)  # type: ignore[attr-defined]
+        self.noted = (began.round_index, began.attempt)
         return entries
 
     def writing(self: RoundJournal, entry: Any) -> None:
         if isinstance(entry, Accepted) and entry.phase == "mask":
             digest = hashlib.sha256(entry.body).hexdigest()
             with path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps([*self.noted, entry.client_id, digest]) + "\n")  # type: ignore[attr-defined]
+                stream.write(json.dumps([*self.noted, entry.client_id, digest]) + "\n")
         written(self, entry)
 
-    RoundJournal.open, RoundJournal.write = opening, writing  # type: ignore[method-assign]
+    RoundJournal.open, RoundJournal.write = opening, writing
 
 
 def _masked_twice(path: Path) -> list[str]:

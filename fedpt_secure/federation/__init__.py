@@ -5,7 +5,7 @@ from fedpt_secure.federation.audit_record import load_planted, load_releases, lo
 from fedpt_secure.federation.client import ClientTerms, ClientWorker
 from fedpt_secure.federation.continuation import continuations
 from fedpt_secure.federation.finished_run import FinishedRun, open_finished
-from fedpt_secure.federation.local_engine import Transcript, run_round
+from fedpt_secure.federation.local_engine import run_round
 from fedpt_secure.federation.prepared_text import (
     held_out_sample,
     large_examples,
@@ -14,8 +14,10 @@ from fedpt_secure.federation.prepared_text import (
 from fedpt_secure.federation.run import RunResult, run_training
 from fedpt_secure.federation.run_directory import Checkpoint, RunDirectory
 from fedpt_secure.federation.server import AggregationServer, RoundAggregate
+from fedpt_secure.federation.transcript import PHASES, Transcript
 
 __all__ = [
+    "PHASES",
     "Aggregation",
     "AggregationServer",
     "Checkpoint",

@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fedpt_secure.data.simulation import simulation_rng
 from fedpt_secure.errors import AlreadyReleased, BudgetExceeded, RoundError
 from fedpt_secure.federation.client import ClientWorker
 from fedpt_secure.federation.server import AggregationServer, RoundAggregate
+from fedpt_secure.federation.transcript import PHASES, Transcript
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.progress import Progress, Task
-
-PHASES = ("advertise", "share_keys", "mask", "confirm", "unmask")
-
-
-@dataclass(slots=True)
-class Transcript:
-    """What a round looked like from outside: sizes, times, who fell silent where. No content, no secrets.
-
-    Attributes:
-        bytes_up, bytes_down: by client, summed over the round's phases.
-        seconds: by phase, all clients one after the other; `mask` holds their training.
-        dropped: client -> the phase it did not answer, and why.
-        declined: client -> one word of reason, of those dropped clients that gave one: `budget` (its owner's budget
-            would be passed), `unit` (its owner's budget is for the whole client).
-        rejected: messages the server refused.
-        aborted: why the round ended without a sum; empty where it completed.
-    """
-
-    round_index: int
-    cohort: tuple[str, ...]
-    bytes_up: dict[str, int] = field(default_factory=dict)
-    bytes_down: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
-    declined: dict[str, str] = field(default_factory=dict)
-    rejected: list[str] = field(default_factory=list)
-    survivors: tuple[str, ...] = ()
-    aborted: str = ""
 
 
 def draw_dropouts(cohort: Sequence[str], *, dropout: float, seed: int, round_index: int) -> dict[str, str]:
@@ -79,10 +51,7 @@ def run_round(
         transcript.survivors = aggregate.survivors
     except RoundError as error:
         aggregate = None
-        transcript.aborted = error.message
-        if transcript.declined:
-            reasons = ", ".join(f"{count} for {code}" for code, count in Counter(transcript.declined.values()).items())
-            transcript.aborted += f"; of {len(workers)} clients {len(transcript.declined)} declined: {reasons}"
+        transcript.abort(error.message)
     finally:
         for worker in workers.values():
             worker.discard()
@@ -135,7 +104,7 @@ class _Carrier:
                 self.transcript.dropped[client] = f"{name}: the server had nothing for it"
                 continue
             message = down[client]
-            self._count(self.transcript.bytes_down, client, message)
+            self.transcript.count_down(client, message)
             if self.dropouts.get(client) == name:
                 self.transcript.dropped[client] = f"{name}: vanished"
                 continue
@@ -150,11 +119,7 @@ class _Carrier:
                 # Silent to the others; its reason stays in the transcript.
                 self.transcript.dropped[client] = f"{name}: {error.message}"
                 continue
-            self._count(self.transcript.bytes_up, client, response)
+            self.transcript.count_up(client, response)
             self.watch_message(name, client, response)
             self.server.receive(name, client, response)
         self.transcript.seconds[name] = time.perf_counter() - began
-
-    @staticmethod
-    def _count(counter: dict[str, int], client: str, message: bytes) -> None:
-        counter[client] = counter.get(client, 0) + len(message)

@@ -1,24 +1,81 @@
-"""What a round's sum does to the adapter, and what the last round leaves behind. The same in every engine."""
+"""The server's side of a run, the same in every engine: how a round begins, what its sum does, what is left behind."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from fedpt_secure import files
 from fedpt_secure.config import RunConfig
+from fedpt_secure.crypto import Roster
 from fedpt_secure.errors import ModelError, RoundError
 from fedpt_secure.federation.aggregation import Aggregation, privacy_document
 from fedpt_secure.federation.client import LARGEST_ADAPTER_ENTRY, ClientTerms
 from fedpt_secure.federation.mechanisms import RingNoiseMechanism
 from fedpt_secure.federation.run_directory import RunDirectory
-from fedpt_secure.federation.server import RoundAggregate
-from fedpt_secure.federation.state import RunState
+from fedpt_secure.federation.server import AggregationServer, RoundAggregate
+from fedpt_secure.federation.state import RunState, save
+from fedpt_secure.federation.transcript import Transcript
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy import PrivacyStatement, Release, local_statement, ring_statement
+
+
+def round_server(
+    terms: ClientTerms, roster: Roster, state: RunState, small: SmallLM, *, round_index: int, attempt: int
+) -> AggregationServer:
+    """The server's side of a round from the adapter that is loaded, on terms that everybody agreed to."""
+    adapter = small.adapter_vector()
+    return AggregationServer(
+        config=terms.config,
+        config_digest=terms.config_digest,
+        run_id=state.run_id,
+        round_index=round_index,
+        attempt=attempt,
+        cohort=terms.schedule[round_index],
+        roster=roster,
+        adapter=adapter,
+        model_digest=small.weights_digest(adapter),
+        mechanism=terms.mechanism,
+        clip_norm=state.clip_norm,
+        contributors=lambda survivors: terms.plan.contributors(small, survivors, round_index),
+    )
+
+
+def record_round(
+    directory: RunDirectory,
+    config: RunConfig,
+    aggregation: Aggregation,
+    state: RunState,
+    small: SmallLM,
+    transcript: Transcript,
+    *,
+    data_digest: str,
+    seconds: float,
+    noted: Mapping[str, Any] | None = None,
+) -> float:
+    """Make a round durable: its lines in both logs, then the checkpoint that knows it; the adapter's norm.
+
+    Args:
+        data_digest: as in `state.restore`.
+        seconds: the round's wall time.
+        noted: what else its transcript says.
+    """
+    state.rounds_done = transcript.round_index + 1
+    state.add_seconds("rounds", seconds)
+    norm = float(np.linalg.norm(small.adapter_vector()))
+    private = math.isfinite(config.privacy.epsilon) and not config.insecure_deterministic
+    mark = {"round": transcript.round_index, "private": private}
+    summed = {"aggregator": aggregation.name, "trust": aggregation.trust}
+    directory.append("transcript", mark | dict(noted or {}) | summed | asdict(transcript))
+    directory.append(
+        "metrics", mark | {"adapter_norm": norm, "clip_norm": state.clip_norm, "aborted": bool(transcript.aborted)}
+    )
+    save(directory, state, config, data_digest, small)
+    return norm
 
 
 def take_step(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from fedpt_secure.config import RunConfig
 from fedpt_secure.data import Cache, FederatedText, load_federated_text
@@ -17,18 +14,25 @@ from fedpt_secure.errors import LedgerError
 from fedpt_secure.evaluation import ArmsEvaluation, evaluate_arms
 from fedpt_secure.federation.aggregation import Aggregation, aggregation_of
 from fedpt_secure.federation.audit_record import AuditRecorder, planted_text
-from fedpt_secure.federation.local_engine import Transcript, draw_dropouts, run_round
+from fedpt_secure.federation.local_engine import draw_dropouts, run_round
 from fedpt_secure.federation.mechanisms import RingNoiseMechanism
-from fedpt_secure.federation.outcome import completed_rounds, publish, statement_of, take_step
+from fedpt_secure.federation.outcome import (
+    completed_rounds,
+    publish,
+    record_round,
+    round_server,
+    statement_of,
+    take_step,
+)
 from fedpt_secure.federation.population import Population, build_population
 from fedpt_secure.federation.prepared_text import client_examples, held_out_sample, large_examples
 from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.schedule import cohort_schedule
-from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.federation.setup import RunModels, load_models
 from fedpt_secure.federation.state import RunState, restore, save
 from fedpt_secure.federation.terms import agreed_terms, calibrate, require_meaningful_delta
 from fedpt_secure.federation.tiers import require_memory
+from fedpt_secure.federation.transcript import Transcript
 from fedpt_secure.privacy import GaussianSteps, PrivacyStatement, Release
 from fedpt_secure.progress import Progress
 from fedpt_secure.proxy import SteeringRule
@@ -118,26 +122,24 @@ def _run(config: RunConfig, directory: RunDirectory, cache: Cache, progress: Pro
     state.add_seconds("prepare", time.perf_counter() - began)
 
     # 2. Rounds. What is shown after each follows from the sums alone: held-out records are looked at once, at the end.
-    private = math.isfinite(config.privacy.epsilon) and not config.insecure_deterministic
     with progress.task("rounds", config.federation.rounds, unit="rounds") as bar:
         bar.advance(state.rounds_done)
         for round_index in range(state.rounds_done, config.federation.rounds):
             began = time.perf_counter()
             cohort = schedule[round_index]
             transcript = _round(config, state, models, population, recorder, cohort, round_index, attempt, progress)
-            length = float(np.linalg.norm(small.adapter_vector()))
-            state.rounds_done = round_index + 1
-            state.add_seconds("rounds", time.perf_counter() - began)
-            mark = {"round": round_index, "private": private}
-            summed = {"aggregator": aggregation.name, "trust": aggregation.trust}
-            directory.append("transcript", mark | summed | asdict(transcript))
-            aborted = bool(transcript.aborted)
-            directory.append(
-                "metrics", mark | {"adapter_norm": length, "clip_norm": state.clip_norm, "aborted": aborted}
+            norm = record_round(
+                directory,
+                config,
+                aggregation,
+                state,
+                small,
+                transcript,
+                data_digest=text.digest,
+                seconds=time.perf_counter() - began,
             )
-            save(directory, state, config, text.digest, small)
             population.settle(state.rounds_done, cohort)
-            bar.describe(f"adapter norm {length:.3f}" + (" (round aborted)" if aborted else ""))
+            bar.describe(f"adapter norm {norm:.3f}" + (" (round aborted)" if transcript.aborted else ""))
             bar.advance()
 
     transcripts = completed_rounds(directory)
@@ -185,20 +187,7 @@ def _round(
     """One round: the cohort's mean update, then the server's step, then distillation if it is on."""
     small = models.small
     adapter = small.adapter_vector()
-    server = AggregationServer(
-        config=config,
-        config_digest=population.terms.config_digest,
-        run_id=state.run_id,
-        round_index=round_index,
-        attempt=attempt,
-        cohort=cohort,
-        roster=population.roster,
-        adapter=adapter,
-        model_digest=small.weights_digest(adapter),
-        mechanism=population.terms.mechanism,
-        clip_norm=state.clip_norm,
-        contributors=lambda survivors: population.terms.plan.contributors(small, survivors, round_index),
-    )
+    server = round_server(population.terms, population.roster, state, small, round_index=round_index, attempt=attempt)
     recorder.begin(adapter)
     aggregate, transcript = run_round(
         server,

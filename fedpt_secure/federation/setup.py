@@ -161,11 +161,12 @@ def load_training_models(config: RunConfig, *, cache: Cache, progress: Progress)
 
 
 def _tokenizer_folder(config: RunConfig, cache: Cache, progress: Progress) -> Path:
-    small = config.models.small
-    if small == BUILTIN:
+    # The large model's own where it lies here: a small LM of other tokens is refused before anybody pays for it.
+    for place in (config.models.large, config.api.tokenizer, config.models.small):
+        if place is not None and (Path(place) / "tokenizer.json").is_file():
+            return Path(place)
+    if config.models.small == BUILTIN:
         return builtin_directory()
-    if (Path(small) / "tokenizer.json").is_file():
-        return Path(small)
     if config.models.endpoint is not None:
         return resolve_endpoint(config.models.endpoint, config.api.tokenizer).path
     return resolve_large(config.models.large, cache=cache, progress=progress).path

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import msgspec
-import numpy as np
 
 from fedpt_secure.config import RunConfig
 from fedpt_secure.crypto import Hello, MessageError, Roster, proven_id
 from fedpt_secure.data import Cache
 from fedpt_secure.errors import RoundError, RunDirectoryError
-from fedpt_secure.federation import AggregationServer, ClientTerms, RunDirectory
+from fedpt_secure.federation import ClientTerms, RunDirectory
 from fedpt_secure.federation.aggregation import Aggregation, aggregation_of
-from fedpt_secure.federation.local_engine import PHASES
-from fedpt_secure.federation.outcome import completed_rounds, publish, statement_of, take_step
+from fedpt_secure.federation.outcome import (
+    completed_rounds,
+    publish,
+    record_round,
+    round_server,
+    statement_of,
+    take_step,
+)
 from fedpt_secure.federation.schedule import cohort_schedule
 from fedpt_secure.federation.setup import RunModels, TrainingModels, load_models, load_training_models
 from fedpt_secure.federation.state import RunState, restore, save
 from fedpt_secure.federation.terms import agreed_terms, calibrate
+from fedpt_secure.federation.transcript import PHASES
 from fedpt_secure.network.folder import Patience, ServerFolder
 from fedpt_secure.network.journal import Began, Closed, Entry, Lost, RoundJournal
 from fedpt_secure.network.network_round import carry_round
 from fedpt_secure.network.observer import Observer
-from fedpt_secure.network.service import Settle
 from fedpt_secure.network.terms import network_config, network_digest, require_meaningful
-from fedpt_secure.network.transport import SETTLE, Transport
+from fedpt_secure.network.transport import SETTLE, Settle, Transport
 from fedpt_secure.privacy import GaussianSteps, PrivacyStatement, Release
 from fedpt_secure.progress import Progress
 
@@ -165,39 +167,30 @@ class _Coordinator:
             known, begun = [], None
         if not any(isinstance(entry, Closed) and entry.phase == PHASES[-1] for entry in known):
             self._gather(round_index, cohort, known)
-        adapter = small.adapter_vector()
-        server = AggregationServer(
-            config=self._config,
-            config_digest=self._terms.config_digest,
-            run_id=state.run_id,
+        server = round_server(
+            self._terms,
+            self._roster,
+            state,
+            small,
             round_index=round_index,
             attempt=self._starts if begun is None else begun.attempt,
-            cohort=cohort,
-            roster=self._roster,
-            adapter=adapter,
-            model_digest=small.weights_digest(adapter),
-            mechanism=self._terms.mechanism,
-            clip_norm=state.clip_norm,
-            contributors=lambda survivors: self._terms.plan.contributors(small, survivors, round_index),
         )
         aggregate, transcript = carry_round(
             server, self._transport, self._journal, self._patience, watcher=self._observer
         )
         if aggregate is not None:
             take_step(self._config, state, small, aggregate, round_index, distil=self._distillation(round_index))
-        state.rounds_done = round_index + 1
-        state.add_seconds("rounds", time.perf_counter() - began)
-        private = math.isfinite(self._config.privacy.epsilon) and not self._config.insecure_deterministic
-        mark = {"round": round_index, "private": private, "cost": _told(self._terms.mechanism.cost)}
-        summed = {"aggregator": self._aggregation.name, "trust": self._aggregation.trust}
-        self._directory.append("transcript", mark | summed | asdict(transcript))
-        length = float(np.linalg.norm(small.adapter_vector()))
-        mark.pop("cost")
-        self._directory.append(
-            "metrics",
-            mark | {"adapter_norm": length, "clip_norm": state.clip_norm, "aborted": bool(transcript.aborted)},
+        record_round(
+            self._directory,
+            self._config,
+            self._aggregation,
+            state,
+            small,
+            transcript,
+            data_digest=self._digest,
+            seconds=time.perf_counter() - began,
+            noted={"cost": _told(self._terms.mechanism.cost)},
         )
-        save(self._directory, state, self._config, self._digest, small)
         self._journal.remove()
         self._observer.round_over(transcript)
         return transcript.aborted
@@ -270,7 +263,7 @@ class _Coordinator:
 
     def _settle(self) -> None:
         """Tell whoever is there that nothing will be asked for again. Whoever is not keeps one update more."""
-        body = msgspec.msgpack.encode(Settle(self._state.run_id, self._state.rounds_done))
+        body = Settle(self._state.run_id, self._state.rounds_done).to_bytes()
         self._transport.exchange(
             SETTLE,
             dict.fromkeys(self._roster, body),

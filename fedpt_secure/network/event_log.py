@@ -10,12 +10,10 @@ import threading
 from pathlib import Path
 
 FIELDS = frozenset(
-    {
-        "round", "phase", "client", "outcome", "size", "seconds", "code", "clients", "rounds", "run", "attempt", "why",
-        "address", "state", "pid", "epsilon", "survivors", "process", "status", "records",
-    }
-)  # fmt: skip
-"""Names that a line may have. `why` is a sentence of our own or the class of an exception, never its message."""
+    {"round", "phase", "client", "outcome", "size", "seconds", "code", "clients", "rounds", "why", "pid", "survivors"}
+)
+"""Names that a line may have. `why` is the sentence of an error of our own, which quotes no record, or the class of any
+other exception; a client's tells what it has spent of its budget, and stays in its folder."""
 _LARGEST = 16 << 20
 
 

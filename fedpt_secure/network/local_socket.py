@@ -6,6 +6,7 @@ One connection carries one request and its reply, each after its length in eight
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -22,6 +23,7 @@ _LENGTH = struct.Struct(">Q")
 _PEER = struct.Struct("3i")
 _BACKLOG = 64
 _SECONDS_AFTER_FAILURE = 0.2
+_SECONDS_TO_END = 5.0
 
 
 def ask(path: Path, request: bytes, *, seconds: float, largest: int) -> bytes:
@@ -84,7 +86,10 @@ class LocalServer:
         """Stop listening, remove the socket. Answers under way are finished by their own threads."""
         self._closed = True
         self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not on every system does a listener that never connected shut down
+            self._listener.shutdown(socket.SHUT_RDWR)  # closing alone leaves the thread in `accept`
         self._listener.close()
+        self._thread.join(_SECONDS_TO_END)
 
     def _accept(self) -> None:
         while True:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedpt_secure.errors import RoundError
-from fedpt_secure.federation import AggregationServer, RoundAggregate, Transcript
-from fedpt_secure.federation.local_engine import PHASES
+from fedpt_secure.federation import PHASES, AggregationServer, RoundAggregate, Transcript
 from fedpt_secure.network.folder import Patience
 from fedpt_secure.network.journal import Accepted, Closed, Entry, Lost, Phase, RoundJournal
 from fedpt_secure.network.transport import Reply, Transport
@@ -53,11 +51,7 @@ def carry_round(
         transcript.survivors = aggregate.survivors
     except RoundError as error:
         aggregate = None
-        transcript.aborted = error.message
-        if transcript.declined:
-            reasons = ", ".join(f"{count} for {code}" for code, count in Counter(transcript.declined.values()).items())
-            asked, declined = len(context.cohort), len(transcript.declined)
-            transcript.aborted += f"; of {asked} clients {declined} declined: {reasons}"
+        transcript.abort(error.message)
     transcript.rejected = list(server.rejected)
     return aggregate, transcript
 
@@ -123,7 +117,7 @@ class _Carrier:
                 self.transcript.dropped[client] = f"{name}: the server had nothing for it"
         asked = self.alive
         for client in asked:
-            self._count(self.transcript.bytes_down, client, down[client])
+            self.transcript.count_down(client, down[client])
         self.watcher.phase(round_index, name, asked)
         waiting = set(asked) - self._replay(name)
         if waiting and name not in self.known.closed:
@@ -145,7 +139,7 @@ class _Carrier:
         """Tell the server what it had accepted before it was killed; the clients that need not be asked again."""
         for client, body in self.known.accepted[name].items():
             self.server.receive(name, client, body)
-            self._count(self.transcript.bytes_up, client, body)
+            self.transcript.count_up(client, body)
         for lost in self.known.lost[name].values():
             self._note(lost)
         return {*self.known.accepted[name], *self.known.lost[name]}
@@ -166,7 +160,7 @@ class _Carrier:
             self._lose(Lost(name, client, "its message was refused"))
             return
         self.journal.write(Accepted(name, client, reply.body))
-        self._count(self.transcript.bytes_up, client, reply.body)
+        self.transcript.count_up(client, reply.body)
         self.watcher.client(self.transcript.round_index, name, client, "answered", size=len(reply.body))
 
     def _lose(self, lost: Lost) -> None:
@@ -179,10 +173,6 @@ class _Carrier:
             self.transcript.declined[lost.client_id] = lost.declined
         outcome = "declined" if lost.declined else ("refused" if "refused" in lost.why else "silent")
         self.watcher.client(self.transcript.round_index, lost.phase, lost.client_id, outcome)
-
-    @staticmethod
-    def _count(counter: dict[str, int], client: str, message: bytes) -> None:
-        counter[client] = counter.get(client, 0) + len(message)
 
 
 def _word(code: str) -> str:

@@ -14,8 +14,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import msgspec
-
 from fedpt_secure.config import RunConfig
 from fedpt_secure.crypto import CryptoError, Hello, MessageError, OwnIdentity, Presence, Roster, load_identity
 from fedpt_secure.data import Cache, ClientText, load_federated_text
@@ -31,12 +29,12 @@ from fedpt_secure.errors import (
 )
 from fedpt_secure.federation import ClientWorker
 from fedpt_secure.federation.announcement import Announcement
-from fedpt_secure.federation.local_engine import PHASES
 from fedpt_secure.federation.prepared_text import client_examples
 from fedpt_secure.federation.schedule import cohort_schedule
 from fedpt_secure.federation.setup import load_training_models
 from fedpt_secure.federation.terms import agreed_terms, calibrate, client_randomness
 from fedpt_secure.federation.tiers import require_memory
+from fedpt_secure.federation.transcript import PHASES
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.network.event_log import EventLog
 from fedpt_secure.network.folder import ClientFolder, ClientSettings
@@ -44,19 +42,12 @@ from fedpt_secure.network.joined_run import join_run, joined_run, mark_ledger, r
 from fedpt_secure.network.local_socket import LocalServer, OneThread
 from fedpt_secure.network.status import StatusFile, new_status
 from fedpt_secure.network.terms import network_config, network_digest, require_meaningful
-from fedpt_secure.network.transport import HELLO, LARGEST_BODY, SETTLE, Reply, Request
+from fedpt_secure.network.transport import HELLO, LARGEST_BODY, SETTLE, Reply, Request, Settle
 from fedpt_secure.privacy import Ledger, SmallExample
 from fedpt_secure.progress import Progress
 
 _COUNTED = ("advertise", "mask", "confirm", "unmask")
 """Phases after which the ledger has more entries."""
-
-
-class Settle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """Server to clients: the results of all rounds below `rounds_done` are durable."""
-
-    run_id: bytes
-    rounds_done: int
 
 
 class ClientService:
@@ -208,10 +199,7 @@ class ClientService:
         return Presence.sign(hello, self.client_id, self._identity.identity).to_bytes()
 
     def _settle(self, body: bytes) -> None:
-        try:
-            settle = msgspec.msgpack.decode(body, type=Settle)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise RoundError(f"not a settle: {error}") from None
+        settle = Settle.from_bytes(body)
         if self._worker is None or settle.run_id != self._run_id:
             raise RoundError("a settle of another run")
         if not 0 <= settle.rounds_done <= self._config.federation.rounds:

@@ -62,6 +62,26 @@ class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=
         return _decode(content, cls)
 
 
+class Settle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """The body of a `settle`: the results of all rounds below `rounds_done` are durable at the server."""
+
+    run_id: bytes
+    rounds_done: int
+
+    def to_bytes(self) -> bytes:
+        """The wire form."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Settle:
+        """Decode.
+
+        Raises:
+            RoundError: not a settle.
+        """
+        return _decode(content, cls)
+
+
 class Transport(Protocol):
     """Carries requests to clients, all at once, and their replies back."""
 
@@ -91,7 +111,7 @@ class Transport(Protocol):
         """
 
 
-_Message = TypeVar("_Message", Request, Reply)
+_Message = TypeVar("_Message", Request, Reply, Settle)
 
 
 def _decode(content: bytes, kind: type[_Message]) -> _Message:

@@ -29,20 +29,9 @@ def benchmark():
 
 
 @pytest.fixture(scope="module")
-def command(benchmark, tiny_models, chat_file, tmp_path_factory):
+def command(benchmark, tiny_run, chat_file, tmp_path_factory):
     """Run the command on tiny models and text; returns exit code and standard output."""
     root = tmp_path_factory.mktemp("utility")
-    settings = {
-        "models.small": json.dumps(tiny_models["small"]),
-        "models.large": json.dumps(tiny_models["large"]),
-        "models.context_length": 12,
-        "models.device": '"cpu"',
-        "lora.rank": 2,
-        "federation.rounds": 2,
-        "federation.cohort": 6,
-        "evaluation.records": 12,
-    }
-    given = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
     def run(*arguments):
         output = io.StringIO()
@@ -50,7 +39,7 @@ def command(benchmark, tiny_models, chat_file, tmp_path_factory):
             patch.setenv("FEDPT_CACHE", str(root / "cache"))
             source = {"source": str(chat_file), "client_column": "who", "text_column": "said"}
             patch.setattr(benchmark["utility"], "data_settings", lambda name, folder: source)
-            words = ["--data", "chat", "--ceilings", str(root / "ceilings.json"), *given, *arguments]
+            words = ["--data", "chat", "--ceilings", str(root / "ceilings.json"), *tiny_run, *arguments]
             return benchmark["utility"].main(words), output.getvalue()
 
     return run, root / "ceilings.json"

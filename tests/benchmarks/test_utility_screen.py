@@ -24,27 +24,16 @@ def screen():
 
 
 @pytest.fixture(scope="module")
-def command(screen, tiny_models, chat_file, tmp_path_factory):
+def command(screen, tiny_run, chat_file, tmp_path_factory):
     """Run a setting on tiny models and text; returns the exit code."""
     root = tmp_path_factory.mktemp("screen")
-    settings = {
-        "models.small": json.dumps(tiny_models["small"]),
-        "models.large": json.dumps(tiny_models["large"]),
-        "models.context_length": 12,
-        "models.device": '"cpu"',
-        "lora.rank": 2,
-        "federation.rounds": 2,
-        "federation.cohort": 6,
-        "evaluation.records": 12,
-    }
-    given = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
     def run(*arguments):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("FEDPT_CACHE", str(root / "cache"))
             source = {"source": str(chat_file), "client_column": "who", "text_column": "said"}
             patch.setattr(screen.utility, "data_settings", lambda name, folder: source)
-            words = ["run", "--results", str(root / "results.jsonl"), "--data", "chat", *given, *arguments]
+            words = ["run", "--results", str(root / "results.jsonl"), "--data", "chat", *tiny_run, *arguments]
             return screen.main(words)
 
     return run, root / "results.jsonl"

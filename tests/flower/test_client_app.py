@@ -8,7 +8,7 @@ pytest.importorskip("flwr")
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedpt_secure.errors import RoundError
-from fedpt_secure.federation.local_engine import PHASES
+from fedpt_secure.federation.transcript import PHASES
 from fedpt_secure.flower.client_app import make_client_app
 from fedpt_secure.flower.messages import MESSAGE_TYPES, REPLY, REQUEST, pack, unpack
 from fedpt_secure.network.transport import Reply, Request

@@ -192,3 +192,11 @@ def test_one_thread_computes_what_many_ask_one_after_the_other():
     with pytest.raises(ValueError, match="no"):
         one(b"bad")
     assert one(b"ok") == b"ko"
+
+
+def test_a_closed_server_leaves_no_thread_and_no_socket(place):
+    server = LocalServer(place, bytes, largest=LARGEST, failed=print)
+    assert ask(place, b"", seconds=10, largest=LARGEST) == b""
+    server.close()
+    assert not server._thread.is_alive()
+    assert not place.exists()

@@ -1,0 +1,44 @@
+"""What a client and a server train with: little of the large model, and never a small one of other tokens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fedpt_secure.config import RunConfig, build
+from fedpt_secure.data import Cache
+from fedpt_secure.errors import ModelError
+from fedpt_secure.federation.setup import load_training_models
+from fedpt_secure.lm.small import builtin_directory
+from fedpt_secure.progress import SILENT
+
+
+def load(models, cache):
+    config = build(RunConfig, {"models": {"context_length": 12, "device": "cpu", **models}, "lora": {"rank": 2}})
+    return load_training_models(config, cache=Cache(cache), progress=SILENT)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_tokenizer_is_found_without_the_large_models_weights(large, tiny_models, tmp_path):
+    models = {"small": tiny_models["small"]}
+    if large:
+        folder = tmp_path / "large"
+        folder.mkdir()
+        (folder / "tokenizer.json").write_bytes((builtin_directory() / "tokenizer.json").read_bytes())
+        models["large"] = str(folder)
+    assert load(models, tmp_path / "cache").tokenizer.ids("good day") != []
+    assert not (tmp_path / "cache").exists(), "something was fetched"
+
+
+def test_a_large_model_of_other_tokens_than_the_built_in_proxys_is_refused_where_its_tokenizer_lies_here(tmp_path):
+    """Else a federation would spend its clients' budgets on an adapter that cannot steer."""
+    content = json.loads((builtin_directory() / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = [token for token, index in vocabulary.items() if index in (1000, 1001)]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError):
+        load({"small": "builtin", "large": str(folder)}, tmp_path / "cache")
