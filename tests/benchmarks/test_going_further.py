@@ -19,7 +19,8 @@ def going_further():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         yield importlib.import_module("going_further")
-    sys.modules.pop("going_further", None)
+    for name in ("going_further", "going_further_costs"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_opened_partial_sums_carry_the_noise_of_their_own_group(going_further, c
 
 
 def test_delta_is_below_one_over_everything_that_could_be_published(going_further):
-    assert going_further.DELTA * max(going_further.DEVICES) * going_further.RECORDS < 1
+    assert going_further.DELTA * max(going_further.DEVICES) * sys.modules["going_further_costs"].RECORDS < 1
 
 
 def test_no_device_is_asked_more_often_than_the_noise_covers(going_further):
@@ -116,7 +117,7 @@ def test_costs_of_another_adapter_are_refused(going_further):
 
     from fedpt_secure.report.device_plan import DeviceCosts
 
-    measured = json.loads(going_further.COSTS.read_text())
+    measured = json.loads(sys.modules["going_further_costs"].COSTS.read_text())
     with pytest.raises(ValueError, match="different adapters"):
         going_further.Costs(measured | {"elements": 1}, DeviceCosts.load())
     with pytest.raises(ValueError, match="schema"):
