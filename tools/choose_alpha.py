@@ -40,10 +40,12 @@ from safetensors.torch import load_file, save_file
 from steering_positions import positions
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from fedpt_secure.config import FederationConfig, LoraSettings, PrivacyConfig, TrainingConfig
 from fedpt_secure.lm.directions import FILE, Directions
+from fedpt_secure.lm.small import load_builtin_weights
+from fedpt_secure.lm.vocabulary import Vocabulary
 
 MICRO_BATCH = 64
 NOISE_RECORDS = 256
@@ -238,7 +240,7 @@ def rehearse(
     lookup = torch.from_numpy(large_to_small(mapping))
     ids, mask = padded(domain.held_out, domain.starts)
     small = lookup[ids]
-    model = LlamaForCausalLM.from_pretrained(options.proxy, dtype=torch.float32)
+    model = load_builtin_weights(options.proxy, Vocabulary.from_file(options.large / "tokenizer.json"))[0].eval()
     base = predict(model, small, mask)
     began = time.time()
     tuned_model, tokens = tune(

@@ -59,6 +59,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from fedpt_secure.lm.small import load_builtin_weights
+from fedpt_secure.lm.vocabulary import Vocabulary
+
 TOP_K = 32
 HELD_OUT_ROWS = 96
 MODERN = {"modern": False, "talk": True}  # stream: is it conversation
@@ -204,7 +207,7 @@ def train(options: argparse.Namespace) -> None:
     ).to(device)  # fmt: skip
     del teacher
     if options.start:
-        started = load_file(options.start / "model.safetensors")
+        started = shipped_weights(options.start, tokenizer)
         if set(started) != {name for name, _ in model.named_parameters()}:
             raise SystemExit(f"error: {options.start} has other layers than --depth {options.depth}")
         with torch.no_grad():
@@ -272,7 +275,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the checkpoint as the package ships it; measure what the card states on the rounded weights.
+    """Write the checkpoint as the package ships it; measure what the card states on the weights read back from there.
 
     With `--start`, what card and manifest say of those weights is carried on, and the checkpoint may be averaged with
     them: a short run on new text forgets some of the old, and the average of both ends often keeps the gain and returns
@@ -281,7 +284,7 @@ def export(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_file(str(options.large / "tokenizer.json"))
     mapping = np.asarray(json.loads((options.work / "small_to_large.json").read_text()), dtype=np.int64)
     table, special = large_to_small(mapping), special_small_ids(mapping)
-    started = load_file(options.start / "model.safetensors") if options.start else None
+    started = shipped_weights(options.start, tokenizer) if options.start else None
     previous = json.loads((options.start / "manifest.json").read_text()) if options.start else None
     with safe_open(options.work / f"{options.name}.safetensors", "pt") as handle:
         metadata = handle.metadata()
@@ -290,13 +293,14 @@ def export(options: argparse.Namespace) -> None:
             for name, parameter in model.named_parameters():
                 value = handle.get_tensor(f"model/{name}")
                 if started is not None:
-                    value = torch.lerp(value, started[name].float(), options.start_weight)
-                parameter.copy_(value.half())
+                    value = torch.lerp(value, started[name], options.start_weight)
+                parameter.copy_(value)
     streams = held_out(options, tokenizer)
     records = (
         list(public_records(options.start)) if options.start else generated_records(streams["generated"], tokenizer)
     )
     write_model(model, mapping, options.out)
+    model = shipped(options.out, tokenizer)
     write_public_text(records, options.out)
     if options.start and options.start.resolve() != options.out.resolve():
         (options.out / "tokenizer.json").write_bytes((options.start / "tokenizer.json").read_bytes())
@@ -308,7 +312,7 @@ def export(options: argparse.Namespace) -> None:
         losses |= evaluate(model, checks, torch.device("cpu"))
         unknown_shares[name] = float((table[stream.ids] == special["unknown"]).mean())
         if options.start:
-            old = LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+            old = shipped(options.start, tokenizer)
             before |= evaluate(old, checks, torch.device("cpu"))
     entries = [json.loads(line) for line in (options.work / f"{options.name}.log.jsonl").read_text().splitlines()]
     shards = {"training": 0, "held_out": 0}
@@ -338,6 +342,16 @@ def export(options: argparse.Namespace) -> None:
     write_card(options.out, facts, entries)
     write_manifest(options.out, facts)
     print(json.dumps(facts, indent=2))
+
+
+def shipped(directory: Path, tokenizer: Tokenizer) -> LlamaForCausalLM:
+    """The model of an exported folder, as the package reads it."""
+    return load_builtin_weights(directory, Vocabulary.from_tokenizer(tokenizer))[0]
+
+
+def shipped_weights(directory: Path, tokenizer: Tokenizer) -> dict[str, torch.Tensor]:
+    """Its parameters by name, float32."""
+    return {name: parameter.detach() for name, parameter in shipped(directory, tokenizer).named_parameters()}
 
 
 def to(batch: Batch, device: torch.device) -> Batch:

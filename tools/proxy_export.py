@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
+from fedpt_secure.lm.compact_weights import compact
+
 PUBLIC_TEXT_BYTES = 300_000
 RECORD_SEPARATOR = "\n\n%%\n\n"
 MANIFEST_FILES = (
@@ -47,16 +49,15 @@ NOT_SETTINGS = {
 
 
 def write_model(model: LlamaForCausalLM, mapping: np.ndarray, out: Path) -> None:
-    """`model.safetensors` in float16 (the tied head is not stored twice), `config.json`, `small_to_large.json`."""
+    """`model.safetensors` in 8 bits (the tied head is not stored twice), `config.json`, `small_to_large.json`.
+
+    What a reader gets is rounded: measure `load_builtin_weights(out, ...)`, not `model`.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: value.detach().to(torch.float16).contiguous()
-        for name, value in model.state_dict().items()
-        if name != "lm_head.weight"
-    }
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(compact(state), out / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = ["LlamaForCausalLM"]
-    model.config.dtype = torch.float16
+    model.config.dtype = torch.float32
     (out / "config.json").write_text(model.config.to_json_string(use_diff=True))
     (out / "small_to_large.json").write_text(json.dumps(mapping.tolist(), separators=(",", ":")) + "\n")
 

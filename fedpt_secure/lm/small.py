@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import ConfigError, ModelError
+from fedpt_secure.lm.compact_weights import expand
 from fedpt_secure.lm.directions import FILE as DIRECTIONS_FILE
 from fedpt_secure.lm.directions import Directions
 from fedpt_secure.lm.part import TrainedPart
@@ -262,9 +263,9 @@ def load_builtin_weights(directory: Path, large_vocabulary: Vocabulary) -> tuple
     """
     try:
         config = LlamaConfig.from_pretrained(directory)
-        config.dtype = torch.float32  # the files hold half precision
+        config.dtype = torch.float32  # whatever the file's precision
         model = LlamaForCausalLM(config)
-        state = {name: tensor.float() for name, tensor in load_file(directory / "model.safetensors").items()}
+        state = expand(load_file(directory / "model.safetensors"))
         missing, unexpected = model.load_state_dict(state, strict=False)
         content = json.loads((directory / "small_to_large.json").read_text(encoding="utf-8"))
         small_to_large = np.asarray(content, dtype=np.int64)

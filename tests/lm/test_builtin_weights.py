@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from fedpt_secure.lm.small import builtin_directory
+from fedpt_secure.lm.small import builtin_directory, load_builtin_weights
+from fedpt_secure.lm.vocabulary import Vocabulary
 
 DIRECTORY = builtin_directory()
 MEGABYTE = 1_000_000
@@ -42,8 +43,8 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32).eval()
+def model(tokenizer) -> LlamaForCausalLM:
+    return load_builtin_weights(DIRECTORY, Vocabulary.from_tokenizer(tokenizer))[0].eval()
 
 
 @pytest.fixture(scope="module")

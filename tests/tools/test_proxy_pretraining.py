@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import gzip
+import hashlib
 import importlib
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedpt_secure.lm.compact_weights import compact, expand
+from fedpt_secure.lm.small import builtin_directory, load_builtin_weights
+from fedpt_secure.lm.vocabulary import Vocabulary
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 VOCABULARY, WIDTH, ROWS, LENGTH, TOP_K = 40, 16, 6, 8, 5
@@ -126,9 +137,6 @@ def test_schedule_warms_up_holds_and_decays_to_zero(training):
 
 
 def test_reserved_authors_never_reach_the_training_text(corpus, tmp_path):
-    import gzip
-    import json
-
     reserved = [*corpus.EXCLUDED_AUTHORS, *corpus.REHEARSAL_AUTHORS, *corpus.HELD_OUT_AUTHORS]
     path = tmp_path / "books.jsonl.gz"
     with gzip.open(path, "wt") as lines:
@@ -141,9 +149,6 @@ def test_reserved_authors_never_reach_the_training_text(corpus, tmp_path):
 
 
 def test_a_share_of_the_books_is_whole_books_and_the_same_ones_each_time(corpus, tmp_path):
-    import gzip
-    import json
-
     path = tmp_path / "books.jsonl.gz"
     with gzip.open(path, "wt") as lines:
         for index in range(200):
@@ -183,6 +188,112 @@ def test_card_names_packages_losses_and_the_weights_continued_from(exporting, tm
     assert "start x" not in card
     for source in exporting.SOURCES.values():
         assert f"`{source.package}` ({source.registry}) | {source.licence}" in card
+
+
+@pytest.fixture
+def tiny_proxy():
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+EMBEDDING = "model.embed_tokens.weight"
+LARGE = Vocabulary(tuple(f"t{index}" for index in range(100)), 0, (0,))
+MAPPING = np.asarray([*range(0, 78, 2), -1])
+
+
+def test_an_exported_model_is_read_back_as_its_rounded_weights(exporting, tiny_proxy, tmp_path):
+    exporting.write_model(tiny_proxy, MAPPING, tmp_path)
+    read, token_map = load_builtin_weights(tmp_path, LARGE)
+    expected = expand(compact(dict(tiny_proxy.named_parameters())))
+    found = dict(read.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert {parameter.dtype for parameter in found.values()} == {torch.float32}
+    assert read.lm_head.weight is read.model.embed_tokens.weight
+    assert token_map.small_to_large.tolist() == MAPPING.tolist()
+    ids = torch.arange(VOCABULARY)[None]
+    exact = tiny_proxy(ids).logits
+    assert (read(ids).logits - exact).norm() < 0.02 * exact.norm()
+
+
+def test_an_exported_model_takes_one_byte_a_weight_and_exports_again_as_it_is(exporting, tiny_proxy, tmp_path):
+    exporting.write_model(tiny_proxy, MAPPING, tmp_path / "one")
+    exporting.write_model(load_builtin_weights(tmp_path / "one", LARGE)[0], MAPPING, tmp_path / "two")
+    names = ("model.safetensors", "config.json", "small_to_large.json")
+    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)
+    tensors = load_file(tmp_path / "one" / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    matrices = [name for name, parameter in tiny_proxy.named_parameters() if parameter.dim() == 2]
+    assert {tensors[name].dtype for name in matrices} == {torch.int8}
+    assert {tensor.dtype for name, tensor in tensors.items() if name not in matrices} == {torch.float16}
+
+
+def weights_digest(directory):
+    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def export_once(corpus, tmp_path, monkeypatch):
+    """Exports a checkpoint of a tiny model; returns its folder and the weights that were measured, in order."""
+    pretraining = importlib.import_module("pretrain_proxy")
+    monkeypatch.setattr(pretraining, "HELD_OUT_ROWS", 2)
+    shutil.copy(builtin_directory() / "tokenizer.json", tmp_path / "tokenizer.json")
+    mapping = [*range(299), -1]
+    (tmp_path / "small_to_large.json").write_text(json.dumps(mapping))
+    (tmp_path / "proxy.log.jsonl").write_text(json.dumps({"options": {"seed": "1"}}) + "\n")
+    with gzip.open(tmp_path / "books", "wt") as lines:
+        for author in corpus.HELD_OUT_AUTHORS:
+            lines.write(json.dumps({"author": author, "title": "t", "text": "-------\n" + 300 * "some words "}) + "\n")
+
+    def export(model, name, **options):
+        pretraining.save(tmp_path / "proxy.safetensors", model, [], 1000)
+        out = tmp_path / name
+        out.mkdir()
+        shutil.copy(tmp_path / "tokenizer.json", out)
+        measured = []
+
+        def evaluate(model, checks, device):
+            measured.append({n: parameter.detach().clone() for n, parameter in model.named_parameters()})
+            return dict.fromkeys(checks, 1.0)
+
+        monkeypatch.setattr(pretraining, "evaluate", evaluate)
+        defaults = {"start": None, "start_weight": 0.0, "generated": None, "packages": None, "name": "proxy"}
+        paths = {"large": tmp_path, "work": tmp_path, "books": tmp_path / "books", "out": out}
+        pretraining.export(argparse.Namespace(**(defaults | paths | options)))
+        return out, measured
+
+    return export
+
+
+def test_what_an_export_measures_is_what_the_package_loads(export_once, tiny_proxy):
+    tiny_proxy.resize_token_embeddings(300)
+    out, measured = export_once(tiny_proxy, "out")
+    loaded, _ = load_builtin_weights(out, Vocabulary.from_file(out / "tokenizer.json"))
+    assert len(measured) == 2  # books and generated text
+    for weights in measured:
+        assert all(torch.equal(weights[name], parameter) for name, parameter in loaded.named_parameters())
+    before = dict(tiny_proxy.named_parameters())
+    assert not any(torch.equal(weights[name], before[name]) for name in before if before[name].dim() == 2)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["parameters"] == sum(parameter.numel() for parameter in before.values())
+    assert weights_digest(out) in (out / "MODEL_CARD.md").read_text()
+
+
+def test_an_export_that_keeps_the_weights_continued_from_is_the_same_file(export_once, tiny_proxy):
+    tiny_proxy.resize_token_embeddings(300)
+    out, _ = export_once(tiny_proxy, "out")
+    with torch.no_grad():
+        for parameter in tiny_proxy.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    kept, _ = export_once(tiny_proxy, "kept", start=out, start_weight=1.0)
+    moved, measured = export_once(tiny_proxy, "moved", start=out, start_weight=0.5)
+    assert weights_digest(kept) == weights_digest(out) != weights_digest(moved)
+    # Of each text, the loss after and the loss before.
+    assert [torch.equal(weights[EMBEDDING], measured[0][EMBEDDING]) for weights in measured] == [True, False] * 2
 
 
 def test_public_text_reads_back_as_it_was_written(exporting, tmp_path):
