@@ -1,12 +1,8 @@
-"""The public text that the built-in proxy learns from: cleaning, splits, token streams, the small vocabulary.
+"""The public text that the built-in proxy learns from: books, token streams, the small vocabulary.
 
-Two sources, both openly licensed and neither of them evaluation text:
-
-- *books*: public-domain books, one JSON object a line (`author`, `title`, `text`), gzip-compressed;
-- *generated*: shards written by `generate_public_text.py`, text the large model sampled with its own top
-  log-probabilities.
-
-Splits are by author and by shard, fixed here, so that no part of a held-out author or shard is ever trained on.
+Books are public-domain, one JSON object a line (`author`, `title`, `text`), gzip-compressed, and none of them
+evaluation text. They are split by author, fixed here, so that no part of a held-out author is ever trained on. Other
+text comes from `proxy_modern.py` and from the large model itself (`gpu_generation.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +29,6 @@ EXCLUDED_AUTHORS = frozenset({"William Shakespeare"})
 REHEARSAL_AUTHORS = ("P.G. Wodehouse", "Henrik Ibsen")
 # General held-out text, on which the proxy's loss and vocabulary coverage are reported.
 HELD_OUT_AUTHORS = ("Philip K. Dick", "Edith Nesbit", "Nellie Bly", "Charles Darwin")
-HELD_OUT_SHARD_PERIOD, HELD_OUT_SHARD_RESIDUE = 10, 3
 
 LOWERCASED_SHARE = 0.10
 TYPOGRAPHY = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " "})
@@ -45,15 +40,11 @@ class Stream:
 
     Attributes:
         ids: uint16 `[tokens]`.
-        starts: int64 `[units]`; the first token of each paragraph (books) or sequence (generated), ascending.
-        top_ids: uint16 `[tokens, k]` or None; the teacher's most likely tokens for the position after.
-        top_logprobs: float16 `[tokens, k]` or None; all zero where the teacher gave no answer.
+        starts: int64 `[units]`; the first token of each paragraph, ascending.
     """
 
     ids: np.ndarray
     starts: np.ndarray
-    top_ids: np.ndarray | None = None
-    top_logprobs: np.ndarray | None = None
 
 
 def draw(key: str) -> float:
@@ -116,44 +107,18 @@ def tokenize(paragraphs: Iterator[str], tokenizer: Tokenizer) -> Stream:
     return Stream(np.concatenate(ids), np.asarray(starts, dtype=np.int64))
 
 
-def cached(target: Path, make: Callable[[], Stream]) -> Stream:
-    """`make()`, kept in the file `target`."""
-    if not target.exists():
-        stream = make()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".part")
-        save_file({"ids": stream.ids, "starts": stream.starts}, partial)
-        partial.replace(target)
-    return Stream(**load_file(target))
-
-
 def cached_books(
     path: Path, tokenizer: Tokenizer, cache: Path, name: str, authors: Sequence[str] | None, share: float = 1.0
 ) -> Stream:
     """`tokenize(book_paragraphs(...))`, kept in `cache/books-NAME.safetensors`, or `books-NAME-SHARE` of a part."""
     target = cache / (f"books-{name}.safetensors" if share >= 1 else f"books-{name}-{share:g}.safetensors")
-    return cached(target, lambda: tokenize(book_paragraphs(path, authors, share), tokenizer))
-
-
-def shard_paths(directory: Path, *, held_out: bool) -> list[Path]:
-    """The generated shards of one split, in order; the shard's number decides the split."""
-    return [
-        path
-        for path in sorted(directory.glob("gen-*-*.safetensors"))
-        if (int(path.stem.rsplit("-", 1)[1]) % HELD_OUT_SHARD_PERIOD == HELD_OUT_SHARD_RESIDUE) == held_out
-    ]
-
-
-def generated(paths: Sequence[Path]) -> Stream:
-    """Join shards to one stream; sequences open with the separator."""
-    parts = [load_file(path) for path in paths]
-    ids = np.concatenate([part["ids"] for part in parts])
-    return Stream(
-        ids=ids,
-        starts=np.flatnonzero(ids == SEPARATOR_ID).astype(np.int64),
-        top_ids=np.concatenate([part["top_ids"] for part in parts]),
-        top_logprobs=np.concatenate([part["top_logprobs"] for part in parts]),
-    )
+    if not target.exists():
+        stream = tokenize(book_paragraphs(path, authors, share), tokenizer)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".part")
+        save_file({"ids": stream.ids, "starts": stream.starts}, partial)
+        partial.replace(target)
+    return Stream(**load_file(target))
 
 
 def rank_vocabulary(streams: Sequence[Stream], tokenizer: Tokenizer, size: int) -> np.ndarray:
