@@ -49,8 +49,8 @@ ASSISTANT = "assistant\n"
 BUILTIN = Path(__file__).resolve().parent.parent / "fedpt_secure" / "lm" / "builtin"
 CARD_TEMPLATE = Path(__file__).with_name("proxy_card.md.in")
 SETTINGS = (
-    "layers", "trial_seconds", "intermediate", "rows", "lr", "embedding_share", "weight_decay", "warmup_steps", "decay_share", "distill_share",
-    "seconds", "seed",
+    "layers", "trial_seconds", "intermediate", "rows", "lr", "embedding_share", "weight_decay", "warmup_steps",
+    "decay_share", "distill_share", "seconds", "seed",
 )  # fmt: skip
 """Of the run, stated in the card."""
 
@@ -104,7 +104,7 @@ def export(options: argparse.Namespace, kinds: Mapping[str, tuple[np.ndarray, np
 def configuration(state: Mapping[str, Tensor], shape: Shape) -> LlamaConfig:
     """Transformers' configuration of a student's weights; attention is shaped like the teacher's."""
     vocabulary, width = state["model.embed_tokens.weight"].shape
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=len(state["model.layers.0.mlp.gate_proj.weight"]),
@@ -120,9 +120,6 @@ def configuration(state: Mapping[str, Tensor], shape: Shape) -> LlamaConfig:
         eos_token_id=SEPARATOR_ID,
         pad_token_id=None,
     )
-    config.architectures = ["LlamaForCausalLM"]
-    config.dtype = torch.float32
-    return config
 
 
 def write_model(state: Mapping[str, Tensor], config: LlamaConfig, mapping: np.ndarray, out: Path) -> None:
@@ -133,6 +130,8 @@ def write_model(state: Mapping[str, Tensor], config: LlamaConfig, mapping: np.nd
     out.mkdir(parents=True, exist_ok=True)
     save_file(compact(state), out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = torch.float32
     (out / "config.json").write_text(config.to_json_string(use_diff=True))
     (out / "small_to_large.json").write_text(json.dumps(mapping.tolist(), separators=(",", ":")) + "\n")
 

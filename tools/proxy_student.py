@@ -114,10 +114,10 @@ def train(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     mapping = np.asarray(json.loads((options.work / "small_to_large.json").read_text()), dtype=np.int64)
     teacher, shape = load(options.large, device, torch.float32), Shape.read(options.large)
-    log = (options.work / f"{options.name}.log.jsonl").open("a")
 
     def say(row: dict[str, object]) -> None:
-        print(json.dumps(row), file=log, flush=True)
+        with (options.work / f"{options.name}.log.jsonl").open("a") as log:
+            print(json.dumps(row), file=log)
         print(json.dumps(row), flush=True)
 
     data = Rows(options.work / "scored-train.safetensors", device)
@@ -209,7 +209,7 @@ class Training:
             stepper.zero_grad(set_to_none=True)
         self._steps += 1
         self.tokens += rows * (self._data.rows.shape[1] - 1)
-        return loss.detach(), divergence
+        return loss.detach(), divergence.detach()
 
     def run(self, rate: Callable[[float], float], seconds: float, say: Say, checks: Rows | None = None) -> None:
         """Steps for so long; `rate` of the part of the time that is spent."""

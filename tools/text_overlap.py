@@ -1,7 +1,7 @@
 """Has the built-in proxy seen any evaluation text? Shared n-grams of words, counted and kept as a small sketch.
 
-    python tools/text_overlap.py --books BOOKS --packages PACKAGES --evaluation DIR [--cache CACHE] \
-        --sketch tests/data/training_ngrams.npy --json
+    python tools/text_overlap.py --books BOOKS --books-share 0.25 --packages PACKAGES --generated WORK/generated.npy \
+        --evaluation DIR [--cache CACHE] --sketch tests/data/training_ngrams.npy --json
 
 Words are lower-cased runs of letters and digits, so that typography and line breaks do not hide a copy. Every run of
 `NGRAM` words of the training text is hashed to 64 bits and looked up among those of the evaluation text; that is exact
@@ -27,8 +27,9 @@ from pathlib import Path
 
 import numpy as np
 from proxy_corpus import book_paragraphs
-from proxy_export import BUILTIN, public_records
+from proxy_export import BUILTIN, public_records, segments
 from proxy_modern import modern_texts
+from tokenizers import Tokenizer
 
 NGRAM = 13
 SKETCH_MODULUS = 1024
@@ -167,8 +168,16 @@ def training_texts(options: argparse.Namespace) -> Iterator[tuple[str, Iterator[
     if options.packages:
         yield "packages", modern_texts(options.packages, held_out=False)
     yield "shipped public text", public_records(BUILTIN)
+    if options.generated:
+        yield "generated", generated_texts(options.generated, Tokenizer.from_file(str(BUILTIN / "tokenizer.json")))
     if options.books:
-        yield "books", joined(book_paragraphs(options.books, None))
+        yield "books", joined(book_paragraphs(options.books, None, options.books_share))
+
+
+def generated_texts(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    """What the large model wrote, prompts and held-out rows included; no text goes on in another row."""
+    for ids in segments(np.load(path, allow_pickle=False)):
+        yield tokenizer.decode(ids)
 
 
 def joined(paragraphs: Iterator[str], count: int = 2000) -> Iterator[str]:
@@ -185,7 +194,9 @@ def joined(paragraphs: Iterator[str], count: int = 2000) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", type=Path)
+    parser.add_argument("--books-share", type=float, default=1.0, help="the part of the books that was read")
     parser.add_argument("--packages", type=Path)
+    parser.add_argument("--generated", type=Path, help="rows that `distil_proxy.py generate` wrote")
     parser.add_argument("--evaluation", type=Path, help="folder of JSON lines and texts")
     parser.add_argument("--cache", type=Path, help="the cache of `fedpt-secure fetch`: chat and sotu")
     parser.add_argument("--sketch", type=Path, help="write the training text's sketch here")

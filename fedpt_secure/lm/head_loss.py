@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 BLOCK_ROWS = 128
-"""Positions whose logits exist at a time: 4 MB in float32 for 8,192 words, near the processor."""
+"""Positions whose logits exist at a time: 8 MB in float32 for 16,384 tokens, near the processor."""
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 Below its first adapted layer a LoRA model computes the same for both sides. The pass runs those layers once per row;
 from the first adapted layer on it carries every row twice, base in the first half of the batch and tuned in the
 second, and the adapter's correction `scale * B A x` is added to the second half only. Each side is computed by the same
-operations as in a pass of its own. With LoRA in the last of three layers, one layer of three runs on twice the rows.
+operations as in a pass of its own. With LoRA in the last of six layers, one layer of six runs on twice the rows.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def test_model_has_the_maps_vocabulary_and_finite_weights(model, small_to_large,
 def test_few_tokens_of_public_text_are_outside_the_vocabulary(public_records, tokenizer, small_to_large, manifest):
     unknown = manifest["special_small_ids"]["unknown"]
     ids = np.concatenate([small_ids(text, tokenizer, small_to_large)[1:] for text in public_records[:200]])
-    assert (ids == unknown).mean() < 0.08
+    assert (ids == unknown).mean() < 0.05
 
 
 def test_public_text_is_records_of_usable_length(public_records):
@@ -130,22 +130,22 @@ def test_public_text_is_records_of_usable_length(public_records):
 
 def test_plain_english_has_the_loss_of_a_language_model(model, tokenizer, small_to_large):
     sequences = [small_ids(text, tokenizer, small_to_large) for text in SAMPLE]
-    assert loss(model, sequences) < 4.6  # a unigram model of English needs about 6.5
+    assert loss(model, sequences) < 3.4  # 2.99 when it was made; a unigram model of English needs about 6.5
 
 
 def test_shuffled_words_are_far_less_likely(model, tokenizer, small_to_large):
-    """Sequences as drawn against their own tokens in a seeded random order: at least half a nat a token apart."""
+    """Sequences as drawn against their own tokens in a seeded random order: at least three nats a token apart."""
     sequences = [small_ids(text, tokenizer, small_to_large) for text in SAMPLE]
     order = np.random.default_rng(5)
     shuffled = [[ids[0], *order.permutation(ids[1:]).tolist()] for ids in sequences]
-    assert loss(model, shuffled) > loss(model, sequences) + 0.5
+    assert loss(model, shuffled) > loss(model, sequences) + 3
 
 
 def test_loss_on_the_shipped_public_text_agrees_with_the_card(
     model, public_records, tokenizer, small_to_large, manifest
 ):
-    """The card's figure comes from other windows of the same kind of text; whole records start cold: 0.6 nats apart
-    at most.
+    """The card's figure is of the rows that the records are taken from, with the chats' prompts, which are easy to
+    predict; records alone start cold: 0.6 nats apart at most.
     """
     sequences = [small_ids(text, tokenizer, small_to_large) for text in public_records[:60]]
     assert abs(loss(model, sequences) - manifest["held_out_loss"]["generated"]) < 0.6
