@@ -250,8 +250,11 @@ def _load_builtin(large_vocabulary: Vocabulary) -> BaseLM:
     directory = builtin_directory()
     expected = Vocabulary.from_file(directory / "tokenizer.json")
     # Raises where the large model's tokens are not the ones the proxy's map was made for.
-    TokenMap.between(expected, large_vocabulary)
+    order = TokenMap.between(expected, large_vocabulary).small_to_large
     model, token_map = load_builtin_weights(directory, large_vocabulary)
+    made_for = token_map.small_to_large
+    # The same tokens under other ids: the map leads to where they are in this large model.
+    token_map = TokenMap(np.where(made_for < 0, made_for, order[made_for]), large_vocabulary_size=large_vocabulary.size)
     return BaseLM(model, token_map, BUILTIN, Directions.load(directory / DIRECTIONS_FILE))
 
 

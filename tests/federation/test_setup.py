@@ -34,11 +34,24 @@ def test_the_tokenizer_is_found_without_the_large_models_weights(large, tiny_mod
 def test_a_large_model_of_other_tokens_than_the_built_in_proxys_is_refused_where_its_tokenizer_lies_here(tmp_path):
     """Else a federation would spend its clients' budgets on an adapter that cannot steer."""
     content = json.loads((builtin_directory() / "tokenizer.json").read_text())
+    model = content["model"]
+    model["vocab"]["no such token"] = model["vocab"].pop("".join(model["merges"].pop()))
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="no such token"):
+        load({"small": "builtin", "large": str(folder)}, tmp_path / "cache")
+
+
+def test_the_built_in_proxys_map_follows_the_same_tokens_under_other_ids(tmp_path):
+    content = json.loads((builtin_directory() / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
     one, other = [token for token, index in vocabulary.items() if index in (1000, 1001)]
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     folder = tmp_path / "large"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ModelError):
-        load({"small": "builtin", "large": str(folder)}, tmp_path / "cache")
+    plain = load({"small": "builtin"}, tmp_path / "cache").small.token_map.small_of_large
+    swapped = load({"small": "builtin", "large": str(folder)}, tmp_path / "cache").small.token_map.small_of_large
+    assert plain[1000] != plain[1001]
+    assert swapped[[1000, 1001]].tolist() == plain[[1001, 1000]].tolist()

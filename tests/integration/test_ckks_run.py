@@ -72,7 +72,7 @@ def test_byte_counts_are_those_of_the_ciphertexts_and_no_message_holds_an_update
 
 def test_an_interrupted_round_is_resumed_with_a_fresh_key_and_opened_once(tiny_settings, tmp_path, monkeypatch):
     """The process dies between the first opened round and its checkpoint, as in tests/integration/test_resume.py."""
-    from fedpt_secure.federation import run as module
+    from fedpt_secure.federation import outcome as module
 
     config = build(
         RunConfig,
@@ -83,7 +83,7 @@ def test_an_interrupted_round_is_resumed_with_a_fresh_key_and_opened_once(tiny_s
 
     def dying(*arguments):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 1:
             raise KeyboardInterrupt
         real(*arguments)
 
