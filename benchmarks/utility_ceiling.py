@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from fedpt_secure.cli.quiet import quiet_libraries
 from fedpt_secure.data import Cache
 from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.evaluation import DirectSettings, black_box_losses, tune_ceiling
+from fedpt_secure.lm.devices import resolve_device
 from fedpt_secure.lm.large_weights import LargeWeights, resolve_large
 from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
 from fedpt_secure.progress import Progress
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--evaluation-records", type=int, default=EVALUATION_RECORDS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="auto", help="where it trains; it is judged on the CPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     quiet_libraries()
@@ -61,7 +62,7 @@ def main() -> None:
             )
             entry = compute(
                 name, data, weights, options.ceilings,
-                records=options.records, seed=options.seed, progress=progress,
+                records=options.records, seed=options.seed, device=options.device, progress=progress,
             )  # fmt: skip
             loss = math.fsum(entry["losses"]) / sum(entry["tokens"])
             print(f"{name}: tuned directly {loss:.4f} nats per token", flush=True)
@@ -76,6 +77,7 @@ def compute(
     records: int | None,
     seed: int,
     progress: Progress,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Train or find the ceiling, judge it, and write the entry into the file.
 
@@ -87,21 +89,23 @@ def compute(
         records: train on a seeded sample of so many; None for all.
         seed: of the training.
         progress: bars.
+        device: where it trains, `auto` for a GPU where there is one.
     """
-    began = time.process_time()
     settings = DirectSettings(records=records, seed=seed)
-    ceiling = tune_ceiling(weights, data.train, settings, cache=Cache(), device=CPU, progress=progress)
-    trained = time.process_time() - began
+    place = resolve_device(device)
+    ceiling = tune_ceiling(weights, data.train, settings, cache=Cache(), device=place, progress=progress)
     box = LocalTransformersLM(weights.path, CPU, adapter=ceiling.adapter)
     losses = black_box_losses(data.evaluation, box, progress, name="held-out loss of the ceiling")
     entry = {
         "data": name,
+        "seed": seed,
         "digest": data.digest,
         "large": weights.digest,
         "settings": ceiling.settings,
         "trained_records": ceiling.records,
         "train_records": len(data.train),
-        "cpu_seconds": round(trained),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+        "seconds": round(ceiling.seconds),
         "tokens": [len(example.ids) - example.loss_from for example in data.evaluation],
         "losses": [round(float(value), 3) for value in losses],
     }
