@@ -47,12 +47,14 @@ from fedpt_secure.progress import SILENT
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CLIP_NORM, DELTA = 0.1, 1e-5
+LAYERS = 6
+"""Of the built-in proxy."""
 PARTS = {
     "whole adapter": WHOLE,
-    "block: last layer": TrainedPart(frozenset({2})),
-    "block: middle layer": TrainedPart(frozenset({1})),
+    "block: last layer": TrainedPart(frozenset({LAYERS - 1})),
+    "block: middle layer": TrainedPart(frozenset({LAYERS // 2})),
     "block: first layer": TrainedPart(frozenset({0})),
-    "last layer, rank 4": TrainedPart(frozenset({2}), 4),
+    "last layer, rank 4": TrainedPart(frozenset({LAYERS - 1}), 4),
 }
 ARMS = {
     "whole adapter": {},

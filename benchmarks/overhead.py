@@ -106,6 +106,7 @@ def write_costs(path: Path) -> None:
                 "rank": (arm.lora or {})["rank"],
                 "layers": (arm.lora or {})["layers"],
                 "sampled_positions": arm.positions,
+                "training_dtype": arm.dtype,
                 "trained_parameters": found["trained_parameters"],
                 "private_bytes": found["private_bytes"],
                 "resident_bytes": found["process_bytes"],

@@ -61,6 +61,7 @@ class Arm:
     layers_kept: int = 30
     lora: dict[str, Any] | None = field(default_factory=dict)
     positions: int | None = None
+    dtype: str = "auto"
 
 
 ARMS: tuple[Arm, ...] = (
@@ -79,21 +80,25 @@ ARMS: tuple[Arm, ...] = (
 
 CANDIDATES: tuple[Arm, ...] = tuple(
     Arm(
-        f"rank{rank}_layers{layers}_positions{positions or 'all'}",
+        f"rank{rank}_layers{layers}_positions{positions or 'all'}_{dtype}",
         "",
         BUILTIN,
         8,
         lora={"rank": rank, "layers": layers},
         positions=positions,
+        dtype=dtype,
     )
-    for rank, layers, positions in (
-        (32, 3, None),
-        (32, 1, None),
-        (16, 1, None),
-        (32, 1, 32),
-        (8, 1, None),
-        (8, 1, 32),
-        (4, 1, 16),
+    for rank, layers, positions, dtype in (
+        (32, 6, None, "auto"),
+        (32, 1, None, "auto"),
+        (16, 1, None, "auto"),
+        (32, 1, 32, "auto"),
+        (32, 1, 32, "float32"),
+        (8, 1, None, "auto"),
+        (8, 1, 32, "auto"),
+        (8, 1, 32, "float32"),
+        (4, 1, 16, "auto"),
+        (4, 1, 16, "float32"),
     )
 )
 """What `fedpt-secure plan` chooses among, with the built-in proxy."""
@@ -140,7 +145,7 @@ def _prepare(arm: Arm) -> tuple[Any, int, int]:
         return _full_tuning(arm)
     base = _builtin() if arm.model == BUILTIN else _shape(arm.layers_kept)
     device = torch.device("cpu")
-    compute = TrainingCompute(training_dtype("auto", device))
+    compute = TrainingCompute(training_dtype(arm.dtype, device))
     small = SmallLM(base, LoraSettings(**arm.lora), seed=0, device=device, compute=compute)
     noise = SecureRandom()
 

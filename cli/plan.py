@@ -54,9 +54,14 @@ def plan(
         return
     out = Console()
     out.print(f"[bold]{escape(answer.command)}[/]", highlight=False, soft_wrap=True)
-    if "training" in answer.settings:
-        positions = answer.settings["training"]["sampled_positions"]
-        out.print(f"with --config FILE, in it: training.sampled_positions = {positions}", highlight=False)
+    without_option = [
+        f"{section}.{name} = {json.dumps(value)}"
+        for section, values in answer.settings.items()
+        if section != "lora"
+        for name, value in values.items()
+    ]
+    if without_option:
+        out.print(f"with --config FILE, in it: {', '.join(without_option)}", highlight=False)
     for reason in answer.reasons:
         out.print(f"- {escape(reason)}.", highlight=False)
     out.print(f"Measured by: {escape(answer.measured['command'])}", style="dim", highlight=False)

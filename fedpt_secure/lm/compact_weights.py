@@ -10,7 +10,7 @@ power of two instead; a row too small even for these, like a row of zeros, has s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -54,10 +54,18 @@ def expand(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The float32 weights of a file that `compact` made, or of one in plain float16 or float32.
 
     Raises:
+        ValueError: as `expanded`.
+    """
+    return dict(expanded(tensors))
+
+
+def expanded(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """`expand` one weight at a time, so that a reader need not hold all of them twice.
+
+    Raises:
         ValueError: an int8 weight without its scale or a scale without its int8 weight; a wrong shape, rank or dtype;
             scales that are negative or not finite; an integer outside -127 to 127.
     """
-    state: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if name.endswith(SCALE):
             weight = tensors.get(name.removesuffix(SCALE))
@@ -67,12 +75,11 @@ def expand(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             scale = tensors.get(name + SCALE)
             if scale is None:
                 raise ValueError(f"{name} is int8 and lacks its scale {name}{SCALE}")
-            state[name] = _scaled(name, value, scale)
+            yield name, _scaled(name, value, scale)
         elif value.dtype in (torch.float16, torch.float32):
-            state[name] = value.float()
+            yield name, value.float()
         else:
             raise ValueError(f"{name} is of {value.dtype}; weights are int8, float16 or float32")
-    return state
 
 
 def _scales(weight: Tensor) -> Tensor:
@@ -101,4 +108,4 @@ def _scaled(name: str, weight: Tensor, scale: Tensor) -> Tensor:
         raise ValueError(f"{name}{SCALE} holds scales that are negative or not finite")
     if (weight < -_LEVELS).any():
         raise ValueError(f"{name} holds {int(weight.min())}; its integers are from -{_LEVELS} to {_LEVELS}")
-    return weight.float() * scale.float()[:, None]
+    return weight.float().mul_(scale.float()[:, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import ConfigError, ModelError
-from fedpt_secure.lm.compact_weights import expand
+from fedpt_secure.lm.compact_weights import expanded
 from fedpt_secure.lm.directions import FILE as DIRECTIONS_FILE
 from fedpt_secure.lm.directions import Directions
 from fedpt_secure.lm.part import TrainedPart
@@ -223,7 +224,8 @@ class SmallLM:
         for name, parameter in sorted(self.model.named_parameters(), key=lambda item: item[0]):
             if not parameter.requires_grad:
                 digest.update(name.encode())
-                digest.update(parameter.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes())
+                values = parameter.detach().float().cpu().contiguous().numpy()
+                digest.update(np.ascontiguousarray(values, dtype="<f4"))
         return digest.hexdigest()
 
 
@@ -266,22 +268,40 @@ def load_builtin_weights(directory: Path, large_vocabulary: Vocabulary) -> tuple
     """
     try:
         config = LlamaConfig.from_pretrained(directory)
-        config.dtype = torch.float32  # whatever the file's precision
+        config.dtype = torch.float32  # the files hold fewer bits
         model = LlamaForCausalLM(config)
-        state = expand(load_file(directory / "model.safetensors"))
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing, unexpected = _fill(model, load_file(directory / "model.safetensors"))
         content = json.loads((directory / "small_to_large.json").read_text(encoding="utf-8"))
         small_to_large = np.asarray(content, dtype=np.int64)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ModelError(f"the built-in proxy is damaged: {error}", hint="reinstall fedpt-secure") from None
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    if set(missing) - tied or unexpected:
+    if missing or unexpected:
         raise ModelError(
             f"the built-in proxy is damaged: missing {sorted(missing)}, unexpected {sorted(unexpected)}",
             hint="reinstall fedpt-secure",
         )
     model.tie_weights()
     return model, TokenMap(small_to_large, large_vocabulary_size=large_vocabulary.size)
+
+
+def _fill(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor]) -> tuple[set[str], set[str]]:
+    """Copy a file's weights into a model, one by one; names that are missing in the file, and that the model lacks.
+
+    A tied head is one parameter with the embedding, under the embedding's name.
+
+    Raises:
+        ValueError: what is in the file is malformed, or of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    found = set()
+    with torch.no_grad():
+        for name, value in expanded(tensors):
+            found.add(name)
+            if name in parameters:
+                if value.shape != parameters[name].shape:
+                    raise ValueError(f"{name} is {list(value.shape)}, not {list(parameters[name].shape)}")
+                parameters[name].copy_(value)
+    return set(parameters) - found, found - set(parameters)
 
 
 def _load_transformers(spec: str, large_vocabulary: Vocabulary) -> BaseLM:

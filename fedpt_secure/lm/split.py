@@ -226,7 +226,7 @@ class SplitLM:
         if self._lower:
             # The rotary embedding stays in float32: its frequencies times positions need the digits.
             rotary = below._modules.pop("rotary_emb")
-            below = copy.deepcopy(below).to(self._compute.dtype)
+            below = _cast_copy(below, self._compute.dtype)
             below._modules["rotary_emb"] = rotary
         taps = [module for module in below.modules() if isinstance(module, _Tap)]
         return below, taps[0] if taps else None
@@ -296,6 +296,12 @@ def _with_layers(backbone: nn.Module, layers: Sequence[nn.Module], **replaced: n
     changed = _with_modules(backbone, layers=nn.ModuleList(layers), **replaced)
     del changed._modules["embed_tokens"]  # it runs on embedded text, and a cast copy need not hold them twice
     return changed
+
+
+def _cast_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in another dtype that is never held in the first one as well."""
+    cast = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, dict(cast)).to(dtype)
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

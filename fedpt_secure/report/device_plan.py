@@ -49,6 +49,7 @@ class _Configuration(Settings):
     rank: Count
     layers: Count
     sampled_positions: Count | None
+    training_dtype: Literal["auto", "float32"]
     trained_parameters: Count
     private_bytes: Count
     resident_bytes: Count
@@ -109,6 +110,7 @@ class Choice:
     rank: int
     layers: int
     sampled_positions: int | None
+    training_dtype: str
     trained_parameters: int
     private_bytes: int
     resident_bytes: int
@@ -181,9 +183,11 @@ def plan_device(asked: DevicePlanConfig, costs: DeviceCosts) -> DevicePlan:
     if math.isfinite(asked.epsilon):
         noise = calibrate_noise(epsilon=asked.epsilon, delta=asked.delta, sampling_rate=1.0, steps=asked.participations)
     rounds_per_day = asked.bytes_per_day / chosen.bytes_per_round
-    settings = {"lora": {"rank": chosen.rank, "layers": chosen.layers}}
+    settings: dict[str, dict[str, Any]] = {"lora": {"rank": chosen.rank, "layers": chosen.layers}}
     if chosen.sampled_positions is not None:
         settings["training"] = {"sampled_positions": chosen.sampled_positions}
+    if chosen.training_dtype != "auto":
+        settings["models"] = {"training_dtype": chosen.training_dtype}
     passed_over = tuple(choices[: choices.index(chosen)])
     options = f"--epsilon {asked.epsilon:g} --lora-rank {chosen.rank} --lora-layers {chosen.layers}"
     return DevicePlan(
@@ -225,6 +229,7 @@ def _choice(configuration: _Configuration, asked: DevicePlanConfig) -> Choice:
         rank=configuration.rank,
         layers=configuration.layers,
         sampled_positions=configuration.sampled_positions,
+        training_dtype=configuration.training_dtype,
         trained_parameters=configuration.trained_parameters,
         private_bytes=configuration.private_bytes,
         resident_bytes=configuration.resident_bytes,
@@ -276,7 +281,8 @@ def describe(choice: Choice) -> str:
     """A configuration in words."""
     layers = "the last layer" if choice.layers == 1 else f"the last {choice.layers} layers"
     positions = "" if choice.sampled_positions is None else f", {choice.sampled_positions} sampled positions a record"
-    return f"rank {choice.rank} on {layers} ({choice.trained_parameters:,} parameters{positions})"
+    dtype = "" if choice.training_dtype == "auto" else f", trained in {choice.training_dtype} without a faster copy"
+    return f"rank {choice.rank} on {layers} ({choice.trained_parameters:,} parameters{positions}{dtype})"
 
 
 def _nothing_fits(asked: DevicePlanConfig, choices: list[Choice]) -> ConfigError:

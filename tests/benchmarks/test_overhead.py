@@ -140,6 +140,7 @@ def test_the_committed_costs_were_made_by_the_committed_configurations(benchmark
     path = Path(__file__).parents[2] / "fedpt_secure" / "report" / "device_costs.json"
     content = json.loads(path.read_text())
     arms = benchmark["overhead_arms"].CANDIDATES
-    assert [(c["rank"], c["layers"], c["sampled_positions"]) for c in content["configurations"]] == [
-        (arm.lora["rank"], arm.lora["layers"], arm.positions) for arm in arms
+    named = ("rank", "layers", "sampled_positions", "training_dtype")
+    assert [tuple(c[name] for name in named) for c in content["configurations"]] == [
+        (arm.lora["rank"], arm.lora["layers"], arm.positions, arm.dtype) for arm in arms
     ]

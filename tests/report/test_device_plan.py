@@ -22,6 +22,7 @@ def configuration(parameters, private, **changes):
         "rank": 8,
         "layers": 1,
         "sampled_positions": None,
+        "training_dtype": "auto",
         "trained_parameters": parameters,
         "private_bytes": private,
         "resident_bytes": private + 100,
@@ -55,6 +56,14 @@ def test_without_privacy_the_first_that_fits_is_taken():
     small = plan_device(asked(epsilon=math.inf, memory_bytes=2_500), THREE)
     assert small.chosen.trained_parameters == 10_000
     assert "3kB" in small.passed_over[0].objections[0]
+
+
+def test_the_settings_name_the_dtype_that_makes_it_fit():
+    both = costs(configuration(1_000, 9_000), configuration(1_000, 4_000, training_dtype="float32"))
+    assert "models" not in plan_device(asked(memory_bytes=9_000), both).settings
+    found = plan_device(asked(memory_bytes=5_000), both)
+    assert found.settings["models"] == {"training_dtype": "float32"}
+    assert "float32" in found.reasons[1]
 
 
 def test_a_finite_epsilon_passes_over_many_trained_parameters_and_says_so():
