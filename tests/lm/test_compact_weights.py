@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpt_secure.errors import ModelError
-from fedpt_secure.lm.compact_weights import compact, expand
+from fedpt_secure.lm.compact_weights import compact, expand, expanded
 from fedpt_secure.lm.small import load_builtin_weights
 from fedpt_secure.lm.vocabulary import Vocabulary
 
@@ -190,9 +190,26 @@ def without(name):
         (without(EMBEDDING), "is the scale of no int8 weight"),
         (without("model.norm.weight"), "missing .*'model.norm.weight'"),
         (lambda tensors: {**compact(tensors), "more": torch.ones(2)}, r"unexpected \['more'\]"),
+        (
+            lambda tensors: compact({**tensors, EMBEDDING: tensors[EMBEDDING][:-1]}),
+            r"embed_tokens.* is \[\d+, \d+\], not",
+        ),
     ],
 )
 def test_the_loader_refuses_a_damaged_compact_file(folder, change, message):
     rewrite(folder, change)
     with pytest.raises(ModelError, match=f"the built-in proxy is damaged: .*{message}"):
         load_builtin_weights(folder, LARGE)
+
+
+def test_weights_are_expanded_one_at_a_time():
+    """Else the loader would hold the whole model twice: what comes first is whole before the last is looked at."""
+    tensors = compact({"first": torch.ones(2, 3), "last": torch.ones(2, 3)})
+    whole = expand(tensors)
+    del tensors["last.scale"]
+    weights = expanded(tensors)
+    name, value = next(weights)
+    assert name == "first"
+    assert torch.equal(value, whole["first"])
+    with pytest.raises(ValueError, match="last is int8 and lacks its scale"):
+        list(weights)

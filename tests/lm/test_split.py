@@ -230,3 +230,21 @@ def test_auto_is_bfloat16_where_the_processor_has_it(supported, monkeypatch):
 def test_another_type_is_refused():
     with pytest.raises(ConfigError, match="float16"):
         training_dtype("float16", torch.device("cpu"))
+
+
+def test_a_cast_copy_shares_nothing_and_is_made_from_cast_weights(monkeypatch):
+    """Copied first and cast then, the lower half would be held twice in float32 for a moment."""
+    lower = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    before = [parameter.clone() for parameter in lower.parameters()]
+    copied: list[torch.dtype] = []
+    real = torch.nn.Parameter.__deepcopy__
+    monkeypatch.setattr(
+        torch.nn.Parameter, "__deepcopy__", lambda own, memo: (copied.append(own.dtype), real(own, memo))[1]
+    )
+    cast = module._cast_copy(lower, torch.bfloat16)
+    assert torch.float32 not in copied
+    assert [parameter.dtype for parameter in cast.parameters()] == [torch.bfloat16] * 4
+    for own, original, copy in zip(lower.parameters(), before, cast.parameters(), strict=True):
+        assert torch.equal(own, original)
+        assert torch.equal(copy, original.bfloat16())
+        assert own.data_ptr() != copy.data_ptr()
