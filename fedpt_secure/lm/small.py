@@ -225,7 +225,7 @@ class SmallLM:
             if not parameter.requires_grad:
                 digest.update(name.encode())
                 values = parameter.detach().float().cpu().contiguous().numpy()
-                digest.update(np.ascontiguousarray(values, dtype="<f4"))
+                digest.update(np.ascontiguousarray(values, dtype="<f4").data)
         return digest.hexdigest()
 
 
