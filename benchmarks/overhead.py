@@ -31,7 +31,7 @@ from overhead_report import markdown, print_tables, write_plot
 
 SCHEMA = "fedpt-secure/overhead/1"
 COSTS_SCHEMA = "fedpt-secure/device-costs/1"
-ROUNDS = {"fedpt_builtin": 8, "fedpt_midsize": 8, "lora_large": 1, "full_large": 1}
+ROUNDS = {"fedpt_builtin": 4, "fedpt_midsize": 4, "lora_large": 1, "full_large": 1}
 
 
 def main() -> None:
