@@ -10,7 +10,7 @@ Everything is rows of `ROW` tokens of the large vocabulary, each opened by the s
 (`proxy_corpus.py`, `proxy_modern.py`), and what the large model writes from the prompts of `proxy_prompts.py`.
 `score` ranks the small vocabulary, and keeps the teacher's `TOP` likeliest classes at every position, the unknown class
 among them. `train` minimises the divergence from that answer, mixed with cross-entropy. Held-out rows are never trained
-on. `prepare` needs the tokenizer, the other steps PyTorch only.
+on. Only `export` needs the package installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import torch
 from gpu_generation import Pool, Writer
 from plain_llama import Shape, block, hidden, load
 from proxy_corpus import HELD_OUT_AUTHORS, SEPARATOR_ID, Stream, cached_books, large_to_small, rank_vocabulary, tokenize
-from proxy_export import export
 from proxy_modern import modern_texts
 from proxy_prompts import answer_opening, prompts
 from proxy_student import train, train_options
@@ -112,7 +111,7 @@ def in_rows(stream: Stream) -> np.ndarray:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Let the large model write until the time is up; `generated.npy` and a compressed copy of it."""
+    """Let the large model write until the time is up; into `generated.npy`."""
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with np.load(options.work / "prompts.npz") as kept:
@@ -202,6 +201,8 @@ def answers(states: Tensor, inside: Tensor, outside: Tensor) -> tuple[Tensor, Te
 
 def write(options: argparse.Namespace) -> None:
     """Write what the package ships, measured on the held-out rows."""
+    from proxy_export import export  # needs the package, which a borrowed GPU machine may lack
+
     export(options, texts(options.work))
 
 

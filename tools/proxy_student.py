@@ -31,7 +31,7 @@ def train_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--name", default="proxy")
     sub.add_argument(
         "--layers",
-        default="0,1,2,3,28,29",
+        default="fresh:6",
         help="teacher's layers to begin from; `fresh:6`: new ones; `A;B`: the better",
     )
     sub.add_argument("--trial-seconds", type=float, default=10, help="that each of several beginnings is tried")

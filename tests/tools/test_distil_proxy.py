@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -322,3 +323,15 @@ def test_the_strongest_neurons_of_a_layer_are_kept(run, plain):
     fresh = student.initial(teacher, np.asarray([*range(500), -1]), "fresh:1", 3, 1)
     assert not fresh["model.layers.0.mlp.down_proj.weight"].any()
     assert torch.equal(fresh["model.embed_tokens.weight"][:500], teacher["model.embed_tokens.weight"][:500])
+
+
+def test_all_steps_but_the_export_run_where_the_package_is_not():
+    """On a borrowed machine with a GPU there may be PyTorch, and little else."""
+    script = "import sys; sys.modules['fedpt_secure'] = None; import distil_proxy; print(distil_proxy.write.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=TOOLS, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "write", done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("distil_proxy.write", "__import__('proxy_export').export")],
+        cwd=TOOLS, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "fedpt_secure" in done.stderr

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
 
 @pytest.fixture(scope="module")
-def corpus():
-    sys.path.insert(0, str(TOOLS))
-    yield importlib.import_module("proxy_corpus")
-    sys.path.remove(str(TOOLS))
+def corpus(tool):
+    return tool("proxy_corpus")
 
 
 def test_reserved_authors_never_reach_the_training_text(corpus, tmp_path):

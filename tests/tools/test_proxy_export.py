@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,15 +13,12 @@ from fedpt_secure.lm.compact_weights import compact, expand
 from fedpt_secure.lm.small import builtin_directory, load_builtin_weights
 from fedpt_secure.lm.vocabulary import Vocabulary
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 VOCABULARY, WIDTH = 40, 16
 
 
 @pytest.fixture(scope="module")
-def exporting():
-    sys.path.insert(0, str(TOOLS))
-    yield importlib.import_module("proxy_export")
-    sys.path.remove(str(TOOLS))
+def exporting(tool):
+    return tool("proxy_export")
 
 
 @pytest.fixture

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
 
 @pytest.fixture(scope="module")
-def modern():
-    sys.path.insert(0, str(TOOLS))
-    yield importlib.import_module("proxy_modern")
-    sys.path.remove(str(TOOLS))
+def modern(tool):
+    return tool("proxy_modern")
 
 
 def written(path: Path, text: str) -> Path:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 VOCABULARY, WIDTH, ROWS, LENGTH, TOP_K = 40, 16, 6, 8, 5
 
 
 @pytest.fixture(scope="module")
-def training():
-    sys.path.insert(0, str(TOOLS))
-    yield importlib.import_module("proxy_training")
-    sys.path.remove(str(TOOLS))
+def training(tool):
+    return tool("proxy_training")
 
 
 @pytest.fixture
