@@ -56,26 +56,22 @@ FULL_MINUTES = 30.0
 RESAMPLES = 5000
 RECIPE: dict[str, Any] = {
     "privacy": {"mode": "distributed"},
-    "training": {"sampled_positions": 32},
-    "models": {"activation_cache_mb": 1024},
+    "lora": {"rank": 256},
+    "training": {"sampled_positions": 32, "server_learning_rate": 0.02},
+    "models": {"activation_cache_mb": 3072},
 }
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What of the recipe follows from how much noise there is: with less of it to average out, more and smaller rounds,
-    and without any the whole last layer trained.
+    """What of the recipe follows from how much noise there is: with less of it to average out, more and smaller rounds.
 
     Attributes:
-        modules: of the last layer.
-        learning_rate: of the server's Adam; smaller for more entries.
         rounds: of a run of at most 30 CPU minutes.
         clients: most in a round. A simulated round of secure aggregation costs as much as the square of them.
         records: expected number in a round's sum; the sampling rate follows from it and the (public) number of records.
     """
 
-    modules: tuple[str, ...]
-    learning_rate: float
     rounds: int
     clients: int
     records: int
@@ -86,11 +82,10 @@ class Scale:
         return next(scale for least, scale in SCALES if epsilon * records >= least)
 
 
-LAST_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCALES = (
-    (math.inf, Scale(LAST_LAYER, 0.02, rounds=60, clients=32, records=450)),
-    (40_000, Scale(("down_proj",), 0.05, rounds=50, clients=107, records=900)),
-    (0, Scale(("down_proj",), 0.05, rounds=30, clients=214, records=1850)),
+    (math.inf, Scale(rounds=110, clients=32, records=450)),
+    (40_000, Scale(rounds=50, clients=107, records=900)),
+    (0, Scale(rounds=28, clients=160, records=1850)),
 )
 """By the least product of epsilon and records, descending."""
 SURVIVING = 0.9
@@ -199,8 +194,6 @@ def for_records(config: RunConfig, records: Records, minutes: float = FULL_MINUT
         "privacy": {
             "sampling_rate": min(1.0, round(scale.records * records.clients / (cohort * len(records.train)), 3))
         },
-        "lora": {"modules": scale.modules},
-        "training": {"server_learning_rate": scale.learning_rate},
     }
     changed = {}
     for name, values in suited.items():

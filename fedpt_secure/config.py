@@ -32,8 +32,8 @@ _SettingsType = TypeVar("_SettingsType", bound="Settings")
 SMALLEST_COHORT = 8
 """Clients that a default round sums at least, where there are so many."""
 
-TEXT_SHARES: Shares = ((0, 0.95), (1, 0.5), (2, 0.7), (4, 0.6), (8, 0.3), (64, 0.25))
-RESPONSE_SHARES: Shares = ((0, 0.6), (1, 0.25), (2, 0.2), (4, 0.25), (8, 0.2), (16, 0.15), (32, 0.1), (64, 0.05))
+TEXT_SHARES: Shares = ((0, 0.95), (1, 0.5), (2, 0.7), (4, 0.6), (8, 0.25))
+RESPONSE_SHARES: Shares = ((0, 0.5), (1, 0.3), (2, 0.15), (4, 0.2), (16, 0.15), (32, 0.1), (64, 0.05))
 """How much of a steered prediction is the tuned small LM's own, by place; chosen on public text only (docs/LOG.md)."""
 
 SMALLEST_DELTA = 1e-12
@@ -352,7 +352,7 @@ class TrainingConfig(Settings):
 class ProxyConfig(Settings):
     """How the tuned small LM steers the black box, and FedPT's distillation between rounds."""
 
-    alpha: Alpha = 0.75
+    alpha: Alpha = 0.5
     """Weight of the small LM's shift; the default was chosen on public text only (docs/LOG.md)."""
     shares: _Shares = TEXT_SHARES
     """Pairs `[from_place, share]`: from that place of a record's text on, the tuned small LM's own prediction has this

@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=100)
     parser.add_argument("--lr", type=float, default=TrainingConfig().server_learning_rate)
     parser.add_argument("--clip-norm", type=float, default=PrivacyConfig().clip_norm)
+    parser.add_argument("--rank", type=int, default=LoraSettings().rank)
     parser.add_argument("--noise-multipliers", default="0,4.3")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
@@ -302,12 +303,12 @@ def tune(
     noise_multiplier: float,
     starts: list[int] | None = None,
 ):
-    """Tune the default adapter (`LoraSettings`) by clipped, summed and (if asked) noised gradients under Adam.
+    """Tune the default adapter, of the asked rank, by clipped, summed and (if asked) noised gradients under Adam.
 
     Returns:
         The tuned model and the number of tokens trained on.
     """
-    settings = LoraSettings()
+    settings = LoraSettings(rank=options.rank)
     last = model.config.num_hidden_layers
     config = LoraConfig(
         r=settings.rank,

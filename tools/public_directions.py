@@ -14,12 +14,14 @@ import json
 from tokenizers import Tokenizer
 
 from fedpt_secure.config import LoraSettings
-from fedpt_secure.lm.directions import FILE, principal_directions
+from fedpt_secure.lm.directions import FILE, Directions, principal_directions
 from fedpt_secure.lm.small import builtin_directory, load_builtin_weights
 from fedpt_secure.lm.vocabulary import Vocabulary
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 COUNT = 32
+WIDE_COUNTS = {"down_proj": 512}
+"""Of the last layer, which runs train: with little noise a wide adapter learns more (docs/LOG.md)."""
 PASSAGES = 400
 CONTEXT = 128
 
@@ -35,15 +37,24 @@ def main() -> None:
         for passage in passages
         if passage.strip()
     ]
-    directions = principal_directions(model, sequences, modules=MODULES, count=COUNT)
+    directions = principal_directions(model, sequences, modules=MODULES, count=max(COUNT, *WIDE_COUNTS.values()))
+    last = f"layers.{model.config.num_hidden_layers - 1}."
+    kept = {
+        layer: WIDE_COUNTS.get(layer.rsplit(".", 1)[-1], COUNT) if last in layer else COUNT for layer in directions.rows
+    }
+    directions = Directions(
+        {layer: directions.rows[layer][:count] for layer, count in kept.items()},
+        {layer: directions.energies[layer][:count] for layer, count in kept.items()},
+    )
     directions.save(directory / FILE)
     manifest_path = directory / "manifest.json"
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     manifest["files"][FILE] = hashlib.sha256((directory / FILE).read_bytes()).hexdigest()
     manifest_path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for layer, energies in directions.energies.items():
-        share = energies[: LoraSettings().rank].sum() / energies.sum()
-        print(f"{layer}: {len(energies)} directions, {share:.0%} of their energy in the first {LoraSettings().rank}")
+        rank = LoraSettings().rank
+        share = energies[:rank].sum() / energies.sum()
+        print(f"{layer}: {len(energies)} directions, {share:.0%} of their energy in the first {rank}")
 
 
 if __name__ == "__main__":

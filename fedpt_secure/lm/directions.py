@@ -24,6 +24,8 @@ from fedpt_secure.errors import ConfigError, ModelError
 FILE = "directions.safetensors"
 _UNIT_ENERGY = 1 / 3
 """Mean square of a component of `A x` that PEFT's random A (Kaiming uniform) has for inputs of unit mean square."""
+_SCALED_BY = 32
+"""The strongest directions by whose energy A is scaled, so that a wider adapter adds columns and changes none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Directions:
     """Principal directions of the inputs of a model's linear layers.
 
     Attributes:
-        rows: layer name -> orthonormal rows `[k, in_features]`, strongest first.
+        rows: layer name -> orthonormal rows `[k, in_features]`, strongest first (up to rounding, once saved).
         energies: layer name -> mean square of the input along each row, `[k]`.
     """
 
@@ -39,7 +41,8 @@ class Directions:
     energies: dict[str, Tensor]
 
     def lora_a(self, layer: str, rank: int) -> Tensor:
-        """A `[rank, in_features]` for one layer, scaled so that `A x` has the energy it has for a random A.
+        """A `[rank, in_features]` for one layer, scaled so that the strongest components of `A x`, up to 32 of them,
+        have the mean energy they have for a random A; the others are weaker, as the inputs are.
 
         Raises:
             ConfigError: there are no directions for the layer, or fewer than the rank.
@@ -51,11 +54,12 @@ class Directions:
                 f"lora.rank {rank} needs {rank} public directions for {layer}; the small LM ships {known}",
                 hint='a smaller rank, or lora.directions = "random"',
             )
-        return rows[:rank] * (_UNIT_ENERGY / self.energies[layer][:rank].mean()).sqrt()
+        strongest = self.energies[layer][: min(rank, _SCALED_BY)]
+        return rows[:rank].float() * (_UNIT_ENERGY / strongest.mean()).sqrt()
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file."""
-        tensors = {f"{layer}.rows": rows.contiguous() for layer, rows in self.rows.items()}
+        """Write a safetensors file; rows in float16, whose rounding moves a direction by some 1e-4 of its length."""
+        tensors = {f"{layer}.rows": rows.half().contiguous() for layer, rows in self.rows.items()}
         tensors |= {f"{layer}.energies": energies.contiguous() for layer, energies in self.energies.items()}
         save_file(tensors, path)
 

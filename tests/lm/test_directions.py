@@ -77,6 +77,13 @@ def test_a_has_the_energy_of_a_random_a(directions):
     assert float(energy) == pytest.approx(1 / 3, rel=1e-3)
 
 
+def test_a_wider_a_keeps_the_columns_of_a_narrower_one():
+    wide = Directions({LAYER: torch.eye(64)}, {LAYER: torch.linspace(3, 0.1, 64)})
+    assert torch.equal(wide.lora_a(LAYER, 64)[:32], wide.lora_a(LAYER, 32))
+    assert torch.equal(wide.lora_a(LAYER, 33)[:32], wide.lora_a(LAYER, 32))
+    assert not torch.equal(wide.lora_a(LAYER, 32)[:31], wide.lora_a(LAYER, 31))
+
+
 def test_the_adapter_takes_them_and_freezes_them(directions):
     base = BaseLM(model(), TokenMap.identity(50), "tiny", directions)
     lora = LoraSettings(rank=4, layers=1, modules=("down_proj",))
@@ -109,7 +116,8 @@ def test_files_come_back_and_damaged_ones_are_refused(directions, tmp_path):
     path = tmp_path / "directions.safetensors"
     directions.save(path)
     loaded = Directions.load(path)
-    assert torch.equal(loaded.rows[LAYER], directions.rows[LAYER])
+    assert torch.allclose(loaded.rows[LAYER].float(), directions.rows[LAYER], atol=1e-3)
+    assert torch.equal(loaded.energies[LAYER], directions.energies[LAYER])
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ModelError, match="cannot be read"):
         Directions.load(path)
