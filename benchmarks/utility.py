@@ -27,7 +27,6 @@ import math
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +38,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from utility_ceiling import CEILINGS, EVALUATION_RECORDS, compute, find, tokenizer_of
-from utility_data import NAMES, Records, data_settings, load_records
+from utility_data import NAMES, Records, changed_by, data_settings, load_records
 
 from fedpt_secure.cli.progress import shown_on
 from fedpt_secure.cli.quiet import quiet_libraries
 from fedpt_secure.config import RunConfig, build, overlay
 from fedpt_secure.data import Cache
-from fedpt_secure.errors import ConfigError, DataError, FedptError
+from fedpt_secure.errors import DataError, FedptError
 from fedpt_secure.evaluation import bootstrap_rng
 from fedpt_secure.federation import RunDirectory, RunResult, run_training
 from fedpt_secure.lm.large_weights import resolve_large
@@ -168,12 +167,7 @@ def configuration(options: argparse.Namespace) -> RunConfig:
             "evaluation": {"records": options.evaluation_records},
         },
     )
-    for line in options.set:
-        try:
-            settings = overlay(settings, tomllib.loads(line))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"--set {line!r} is not TOML: {error}", hint="--set privacy.clip_norm=0.2") from None
-    return build(RunConfig, settings)
+    return build(RunConfig, changed_by(settings, options.set))
 
 
 def for_records(config: RunConfig, records: Records, minutes: float = FULL_MINUTES) -> RunConfig:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpt_secure.config import DataConfig, build
+from fedpt_secure.config import DataConfig, build, overlay
 from fedpt_secure.data import Cache, load_federated_text
 from fedpt_secure.data.examples import Example, encode
 from fedpt_secure.data.simulation import simulation_rng
 from fedpt_secure.data.tokenizer import TextTokenizer
-from fedpt_secure.errors import DataError
+from fedpt_secure.errors import ConfigError, DataError
 from fedpt_secure.progress import SILENT
 
 CONTEXT = 128
@@ -62,6 +63,21 @@ def data_settings(name: str, folder: Path) -> dict[str, Any]:
             f"{path} is missing", hint="--data-folder FOLDER; docs/results.md says where the files come from"
         )
     return {"source": str(path), **_COLUMNS[name]}
+
+
+def changed_by(settings: Mapping[str, Any], lines: Sequence[str]) -> dict[str, Any]:
+    """Settings with what the command line's `--set SECTION.KEY=VALUE` changes.
+
+    Raises:
+        ConfigError: a line is not TOML.
+    """
+    changed = dict(settings)
+    for line in lines:
+        try:
+            changed = overlay(changed, tomllib.loads(line))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"--set {line!r} is not TOML: {error}", hint="--set privacy.clip_norm=0.2") from None
+    return changed
 
 
 def load_records(

@@ -18,8 +18,6 @@ decides the split.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 import tempfile
 import time
@@ -33,8 +31,8 @@ import utility
 from rich.console import Console
 from utility_ceiling import tokenizer_of
 from utility_data import load_records
+from utility_results import append_line, epsilon_in_json, read_lines
 
-from fedpt_secure import files
 from fedpt_secure.cli.progress import shown_on
 from fedpt_secure.cli.quiet import quiet_libraries
 from fedpt_secure.data import Cache
@@ -61,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if own.what == "table":
             if rest:
                 command.error(f"table does not know {' '.join(rest)}")
-            print(table(_lines(own.results)))
+            print(table(read_lines(own.results)))
             return 0
         options = utility.parse(rest)
         name = own.name or ", ".join(options.set) or "recipe"
-        known = {(line["data"], line["epsilon"], line["seed"], line["name"]) for line in _lines(own.results)}
-        if (options.data, _epsilon(options.epsilon), options.seed, name) in known:
+        known = {(line["data"], line["epsilon"], line["seed"], line["name"]) for line in read_lines(own.results)}
+        if (options.data, epsilon_in_json(options.epsilon), options.seed, name) in known:
             return 0
         torch.set_num_threads(options.threads)
         quiet_libraries()
@@ -75,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FedptError as error:
         console.print(f"error: {error}", markup=False)
         return error.exit_code
-    content = own.results.read_text(encoding="utf-8") if own.results.exists() else ""
-    files.write_text(own.results, content + json.dumps(line, allow_nan=False) + "\n")
+    append_line(own.results, line)
     return 0
 
 
@@ -111,7 +108,7 @@ def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     }
     return {
         "data": options.data,
-        "epsilon": _epsilon(options.epsilon),
+        "epsilon": epsilon_in_json(options.epsilon),
         "seed": options.seed,
         "digest": records.digest,
         "minutes": round((time.process_time() - began) / 60, 2),
@@ -169,19 +166,6 @@ def difference(
     drawn = bootstrap_rng(seed).integers(len(change), size=(RESAMPLES, len(change)))
     low, high = np.quantile(change[drawn].sum(1) / tokens[drawn].sum(1), (0.025, 0.975))
     return float(change.sum() / tokens.sum()), float(low), float(high)
-
-
-def _epsilon(value: float) -> float | str:
-    return "inf" if math.isinf(value) else value
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON lines: {error}", hint="another --results file") from None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import json
 import math
 import sys
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,15 +34,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from utility_ceiling import EVALUATION_RECORDS
-from utility_data import NAMES, data_settings
+from utility_data import NAMES, changed_by, data_settings
+from utility_results import append_line, epsilon_in_json, read_lines
 
-from fedpt_secure import files
 from fedpt_secure.cli.progress import shown_on
 from fedpt_secure.cli.quiet import quiet_libraries
 from fedpt_secure.config import RunConfig, build, overlay
 from fedpt_secure.data import Cache, FederatedText, load_federated_text
 from fedpt_secure.data.examples import Example
-from fedpt_secure.errors import ConfigError, DataError, FedptError
+from fedpt_secure.errors import DataError, FedptError
 from fedpt_secure.evaluation import evaluate_arms
 from fedpt_secure.federation.iterate_average import IterateAverage
 from fedpt_secure.federation.mechanisms import CLIP_RANGE, INDICATOR_WEIGHT
@@ -143,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     try:
         if options.what == "table":
-            print(table(_lines(options.results)))
+            print(table(read_lines(options.results)))
             return 0
         with shown_on(console) as progress:
             study(options, progress)
@@ -163,12 +162,14 @@ def study(options: argparse.Namespace, progress: Progress) -> None:
         bench: Bench | None = None
         for epsilon in options.epsilons:
             for name in options.cases:
-                key = {"data": options.data, "seed": seed, "epsilon": _epsilon(epsilon)}
-                if any(all(line[k] == v for k, v in {**key, "case": name}.items()) for line in _lines(options.results)):
+                key = {"data": options.data, "seed": seed, "epsilon": epsilon_in_json(epsilon)}
+                if any(
+                    all(line[k] == v for k, v in {**key, "case": name}.items()) for line in read_lines(options.results)
+                ):
                     continue
                 bench = bench or Bench(configured(options), seed, progress)
                 for line in bench.measure(name, epsilon, progress):
-                    _append(options.results, {**key, **line})
+                    append_line(options.results, {**key, **line})
 
 
 def configured(options: argparse.Namespace) -> dict[str, Any]:
@@ -182,12 +183,7 @@ def configured(options: argparse.Namespace) -> dict[str, Any]:
         "models": {"activation_cache_mb": 3072},
         "lora": {"rank": 256},
     }
-    for line in options.set:
-        try:
-            settings = overlay(settings, tomllib.loads(line))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"--set {line!r} is not TOML: {error}", hint="--set models.context_length=64") from None
-    return settings
+    return changed_by(settings, options.set)
 
 
 class Bench:
@@ -232,11 +228,10 @@ class Bench:
         records = [example for client in clients for example in client]
         by_client = case.mode == "client"
         rounds = round(SAMPLED_ROUNDS * case.rounds / ROUNDS)
-        multiplier = calibrate_noise(
-            epsilon=epsilon, delta=DELTA, sampling_rate=1.0 if by_client else SAMPLED, steps=rounds
-        )
+        rate = 1.0 if by_client else SAMPLED * case.records / RECORDS
+        multiplier = calibrate_noise(epsilon=epsilon, delta=DELTA, sampling_rate=rate, steps=rounds)
         shares = len(clients) if case.mode == "local" else 1 / HONEST
-        units = len(clients) if by_client else SAMPLED * len(records) * case.records / RECORDS
+        units = rate * len(clients if by_client else records)
         clip_norm, clipping = case.clip_norm, _clipping(case)
         weights = small.adapter_vector()
         optimizer = ServerOptimizer.fresh(
@@ -258,8 +253,8 @@ class Bench:
                 if case.noise_aware and deviation:
                     noise = small.dimension * deviation**2
                     update *= max(0.0, 1 - noise / float(update @ update))
-                rate = case.learning_rate * min(1.0, (index + 1) / max(1, case.warm_up))
-                optimizer = replace(optimizer, learning_rate=rate)
+                warmth = min(1.0, (index + 1) / max(1, case.warm_up))
+                optimizer = replace(optimizer, learning_rate=case.learning_rate * warmth)
                 weights, optimizer = optimizer.apply(weights, update)
                 average = average.with_iterate(weights)
                 small.load_adapter_vector(weights)
@@ -396,24 +391,6 @@ def _cell(gains: Mapping[int, float], reference: Mapping[int, float]) -> str:
         return f"{cell} (n {len(gains)})"
     spread = f" ± {stdev(differences):.4f}" if len(differences) > 1 else ""
     return f"{cell}: {mean(differences):+.4f}{spread} (n {len(differences)})"
-
-
-def _epsilon(value: float) -> float | str:
-    return "inf" if math.isinf(value) else value
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON lines: {error}", hint="another --results file") from None
-
-
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    content = path.read_text(encoding="utf-8") if path.exists() else ""
-    files.write_text(path, content + json.dumps(line, allow_nan=False) + "\n")
 
 
 def _floats(text: str) -> list[float]:

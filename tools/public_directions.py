@@ -13,7 +13,6 @@ import json
 
 from tokenizers import Tokenizer
 
-from fedpt_secure.config import LoraSettings
 from fedpt_secure.lm.directions import FILE, Directions, principal_directions
 from fedpt_secure.lm.small import builtin_directory, load_builtin_weights
 from fedpt_secure.lm.vocabulary import Vocabulary
@@ -51,10 +50,8 @@ def main() -> None:
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     manifest["files"][FILE] = hashlib.sha256((directory / FILE).read_bytes()).hexdigest()
     manifest_path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for layer, energies in directions.energies.items():
-        rank = LoraSettings().rank
-        share = energies[:rank].sum() / energies.sum()
-        print(f"{layer}: {len(energies)} directions, {share:.0%} of their energy in the first {rank}")
+    for layer, rows in directions.rows.items():
+        print(f"{layer}: {len(rows)} directions")
 
 
 if __name__ == "__main__":

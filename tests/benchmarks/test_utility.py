@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fedpt_secure.errors import ConfigError, DataError
+from fedpt_secure.lm.directions import FILE, Directions
+from fedpt_secure.lm.small import builtin_directory
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = [path.stem for path in BENCHMARKS.glob("utility*.py")]
@@ -143,6 +146,15 @@ def test_the_less_noise_the_more_and_smaller_rounds(benchmark):
         assert more.records < less.records
     of = benchmark["utility"].Scale.of
     assert [of(math.inf, 100), of(8.0, 6184), of(4.0, 11933), of(4.0, 6184)] == [*scales[:2], *scales[1:]]
+
+
+def test_the_built_in_model_ships_the_directions_that_the_recipe_trains(benchmark):
+    directions = Directions.load(builtin_directory() / FILE)
+    rank = benchmark["utility"].RECIPE["lora"]["rank"]
+    a = directions.lora_a("model.layers.5.mlp.down_proj", rank)
+    assert a.shape[0] == rank
+    rows = a / a.norm(dim=1, keepdim=True)
+    assert float((rows @ rows.T - torch.eye(rank)).abs().max()) < 1e-3  # orthogonal, but for float16
 
 
 def test_what_the_command_line_says_is_not_overridden_by_the_scale(benchmark):

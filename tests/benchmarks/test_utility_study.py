@@ -1,9 +1,11 @@
 """Settings in simulation: every case runs, is run once, and the noise is what the accountant and the mode ask for."""
 
 import importlib
+import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from fedpt_secure.errors import ConfigError, DataError
 from fedpt_secure.privacy.accounting import calibrate_noise
+from fedpt_secure.privacy.clipped_sum import ClippedSum
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = [path.stem for path in BENCHMARKS.glob("utility*.py")]
@@ -49,8 +52,6 @@ def command(study, tiny_run, chat_file, tmp_path_factory):
 
 
 def tiny(case, **changed):
-    from dataclasses import replace
-
     return replace(case, lora={}, rounds=2, records=8, **changed)
 
 
@@ -88,29 +89,34 @@ def test_every_kind_of_case_runs_once_and_stands_in_the_table(command, study, ca
 
 
 def test_the_noise_of_a_step_is_the_calibrated_one(command, study):
-    """Plain averaging by rate 1 from zero: after one round without records the adapter is the noise itself."""
+    """Plain averaging from zero over gradients of zero: after one round the adapter is the noise itself."""
     seen = {}
 
     class Watching(study.Bench):
         def _train(self, case, epsilon, models, clients, progress):
             weights = super()._train(case, epsilon, models, clients, progress)
-            seen[case.mode] = weights, sum(map(len, clients)), len(clients)
+            seen[case.mode, case.records] = weights, sum(map(len, clients)), len(clients)
             return weights
 
+    def nothing(small, examples, **_):
+        return ClippedSum(np.zeros(small.dimension), np.zeros(len(examples)))
+
     cases = {
-        mode: study.Case(
-            {"rank": 16}, mode=mode, optimizer="average", learning_rate=1.0, rounds=1, records=1e-9, clip_norm=0.25
+        f"{mode} {records}": study.Case(
+            {"rank": 16}, mode=mode, optimizer="average", rounds=1, records=records, clip_norm=0.25
         )
-        for mode in ("distributed", "local")
+        for mode, records in itertools.product(("distributed", "local"), (study.RECORDS, 2 * study.RECORDS))
     }
-    code, _ = command("--epsilons", "8", results="noise.jsonl", CASES=cases, Bench=Watching)
+    cases = {name: replace(case, learning_rate=1.0) for name, case in cases.items()}
+    code, _ = command("--epsilons", "8", results="noise.jsonl", CASES=cases, Bench=Watching, clipped_sum=nothing)
     assert code == 0
-    for mode, (weights, records, clients) in seen.items():
+    assert len(seen) == 4
+    for (mode, asked), (weights, records, clients) in seen.items():
+        rate = study.SAMPLED * asked / study.RECORDS  # twice the records are twice the rate, and cost more noise
         rounds = study.SAMPLED_ROUNDS // study.ROUNDS
-        multiplier = calibrate_noise(epsilon=8, delta=study.DELTA, sampling_rate=study.SAMPLED, steps=rounds)
+        multiplier = calibrate_noise(epsilon=8, delta=study.DELTA, sampling_rate=rate, steps=rounds)
         shares = clients if mode == "local" else 1 / study.HONEST
-        units = study.SAMPLED * records * 1e-9 / study.RECORDS
-        expected = multiplier * 0.25 * math.sqrt(shares) / units
+        expected = multiplier * 0.25 * math.sqrt(shares) / (rate * records)
         # The standard deviation of n normals is off by more than 4 / sqrt(2 n) with probability 6e-5.
         assert np.std(weights) == pytest.approx(expected, rel=4 / math.sqrt(2 * weights.size))
 
