@@ -111,6 +111,7 @@ def test_the_noise_of_a_step_is_the_calibrated_one(command, study):
     code, _ = command("--epsilons", "8", results="noise.jsonl", CASES=cases, Bench=Watching, clipped_sum=nothing)
     assert code == 0
     assert len(seen) == 4
+    units = []
     for (mode, asked), (weights, records, clients) in seen.items():
         rate = study.SAMPLED * asked / study.RECORDS  # twice the records are twice the rate, and cost more noise
         rounds = study.SAMPLED_ROUNDS // study.ROUNDS
@@ -119,6 +120,9 @@ def test_the_noise_of_a_step_is_the_calibrated_one(command, study):
         expected = multiplier * 0.25 * math.sqrt(shares) / (rate * records)
         # The standard deviation of n normals is off by more than 4 / sqrt(2 n) with probability 6e-5.
         assert np.std(weights) == pytest.approx(expected, rel=4 / math.sqrt(2 * weights.size))
+        units.append(weights / expected)
+    for other in units[1:]:  # the draws are the seed's, the same in all cases: their sizes compare exactly
+        assert np.allclose(other, units[0], rtol=1e-4)
 
 
 def test_records_of_reported_figures_are_never_judged(study):
