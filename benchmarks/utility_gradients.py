@@ -1,0 +1,213 @@
+"""Clipped sums over many records in shared passes, for the *simulation* of training runs (`utility_study.py`).
+
+What `privacy.clipped_sum` computes one record at a time, up to rounding and without its guarantees: here records share
+arrays, products may be in bfloat16, sums are not on a grid, and which positions a record is asked at is drawn on the
+device. That is enough to compare settings, and a hundred times as fast on a GPU. No product code may import it.
+
+Where all that is trained is `down_proj` of the last layer, what lies below is computed once (`lm.split` does the same).
+Otherwise the whole small LM runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fedpt_secure.errors import ConfigError
+from fedpt_secure.lm.part import WHOLE
+from fedpt_secure.lm.small import SmallLM
+from fedpt_secure.privacy import SmallExample
+
+Vector = npt.NDArray[np.float64]
+_HEAD_ROWS = 8192
+_LOWER_HALF_RECORDS = 64
+
+
+class RecordSums:
+    """A fixed list of records on the small LM's device, and sums of their clipped gradients.
+
+    Attributes:
+        rows: int64 `[records]`, how many tokens with loss each has.
+    """
+
+    def __init__(self, small: SmallLM, examples: Sequence[SmallExample], *, dtype: torch.dtype, at_once: int) -> None:
+        """Lay the records out; where only the last layer's `down_proj` is trained, run the small LM once.
+
+        Args:
+            dtype: of matrix products, float32 or bfloat16.
+            at_once: records in one pass.
+        """
+        self._small, self._dtype, self._at_once = small, dtype, at_once
+        device = small.device
+        causal: Any = small.model.get_base_model()
+        self._backbone, self._head = causal.model, causal.lm_head.weight.detach()
+        self._head_lower = self._head.to(dtype)
+        self._layers = _trained_layers(small)
+        width = max(len(example.ids) for example in examples)
+        ids = np.zeros((len(examples), width), dtype=np.int64)
+        for row, example in enumerate(examples):
+            ids[row, : len(example.ids)] = example.ids
+        self._ids = torch.from_numpy(ids).to(device)
+        self._loss_from = torch.tensor([example.loss_from for example in examples], device=device)
+        self.rows = torch.tensor([len(example.ids) - example.loss_from for example in examples], device=device)
+        last = len(self._backbone.layers) - 1
+        self._through = all(f".layers.{last}.mlp.down_proj." in name for name in small.trained_names)
+        self._kept = self._run_below() if self._through else None
+
+    def sum(
+        self, chosen: npt.NDArray[np.int64], *, clip_norm: float, positions: int | None, generator: torch.Generator
+    ) -> tuple[Vector, Vector]:
+        """Sum of the chosen records' gradients, each clipped; and their norms before that.
+
+        Args:
+            clip_norm: inf does not clip.
+            positions: at most so many of a record's loss tokens count, uniformly drawn anew; None for all.
+            generator: of the draws, on the small LM's device.
+
+        Returns: float64 `[d]`, in the order of `SmallLM.adapter_vector`; float64 `[chosen]`.
+        """
+        totals = [torch.zeros_like(layer.weight, dtype=torch.float64) for layer in self._layers]
+        norms = []
+        for start in range(0, len(chosen), self._at_once):
+            records = torch.from_numpy(chosen[start : start + self._at_once]).to(self._small.device)
+            gradients = self._gradients(records, *self._drawn(records, positions, generator))
+            squares = sum(gradient.flatten(1).double().square().sum(1) for gradient in gradients)
+            norm = torch.as_tensor(squares).sqrt()
+            scales = (clip_norm / norm.clamp(min=1e-30)).clamp(max=1.0).float()
+            for total, gradient in zip(totals, gradients, strict=True):
+                total += torch.tensordot(scales, gradient, 1)
+            norms.append(norm)
+        vector = torch.cat([total.flatten() for total in totals]).cpu().numpy()
+        return vector, (torch.cat(norms).cpu().numpy() if norms else np.zeros(0))
+
+    @torch.no_grad()
+    def logits(self, records: Sequence[int]) -> Tensor:
+        """Logits of every token with loss, record after record, in float32: `[tokens, v]`."""
+        index = torch.tensor(list(records), device=self._small.device)
+        rows, counted = self._drawn(index, None, None)
+        judged = self._judged(index, rows, torch.float32)[counted]
+        return judged @ self._head.T
+
+    def texts(self, chosen: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Token ids `[n, width]`, padded with zeros, and the token after each position, -100 where it has no loss."""
+        index = torch.from_numpy(chosen).to(self._small.device)
+        ids, after = self._ids[index], torch.arange(self._ids.shape[1], device=self._ids.device)
+        first = self._loss_from[index][:, None]
+        judged = (after + 1 >= first) & (after + 1 < first + self.rows[index][:, None])
+        return ids, ids.roll(-1, dims=1).masked_fill(~judged, -100)
+
+    def _drawn(
+        self, records: Tensor, positions: int | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows `[n, T]` (row i predicts position `loss_from + i`), and which of them count, `[n, T]`."""
+        available = self.rows[records]
+        most = int(available.max())
+        rows = torch.arange(most, device=available.device).expand(len(records), -1)
+        counted = rows < available[:, None]
+        if positions is None or positions >= most:
+            return rows, counted
+        keys = torch.rand(counted.shape, generator=generator, device=counted.device).masked_fill(~counted, 2.0)
+        rows = keys.topk(positions, dim=1, largest=False).indices
+        return rows, rows < available[:, None]
+
+    def _gradients(self, records: Tensor, rows: Tensor, counted: Tensor) -> list[Tensor]:
+        """Per-record gradients of the trained matrices, float32 `[n, out, rank]` each."""
+        positions = self._loss_from[records][:, None] + rows
+        targets = self._ids[records].gather(1, positions.clamp(max=self._ids.shape[1] - 1))
+        with _watched(self._layers) as gradients:
+            judged = self._judged(records, rows, self._dtype)
+            weights = counted / counted.sum(1, keepdim=True)
+            flat = self._head_gradient(judged.detach().flatten(0, 1), targets.flatten(), weights.flatten())
+            torch.autograd.backward(judged, flat.view_as(judged))
+            return [gradients[index] for index in range(len(self._layers))]
+
+    def _judged(self, records: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the head reads at the rows, float32 `[n, T, width]`."""
+        if self._kept is not None:
+            below, inputs = (kept[records[:, None], rows].float() for kept in self._kept)
+            adapted = self._backbone.layers[-1].mlp.down_proj
+            adapter = adapted.active_adapters[0]
+            hidden: Tensor = self._backbone.norm(below + adapted.lora_B[adapter](inputs) * adapted.scaling[adapter])
+            return hidden
+        ids = self._ids[records]
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden = self._backbone(input_ids=ids, use_cache=False).last_hidden_state
+        at = (self._loss_from[records] - 1)[:, None] + rows
+        return hidden.gather(1, at.clamp(max=ids.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])).float()
+
+    @torch.no_grad()
+    def _head_gradient(self, judged: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        gradient = torch.empty_like(judged)
+        for start in range(0, len(judged), _HEAD_ROWS):
+            part = slice(start, start + _HEAD_ROWS)
+            difference = torch.softmax((judged[part].to(self._dtype) @ self._head_lower.T).float(), dim=1)
+            difference.scatter_add_(1, targets[part, None], -torch.ones_like(targets[part, None], dtype=torch.float32))
+            gradient[part] = (difference.to(self._dtype) @ self._head_lower).float() * weights[part, None]
+        return gradient
+
+    @torch.no_grad()
+    def _run_below(self) -> tuple[Tensor, Tensor]:
+        """The last layer's output without its adapter, and the adapter's inputs, at the rows: `[records, T, ...]`."""
+        (layer,) = self._layers
+        most = int(self.rows.max())
+        at = (self._loss_from - 1)[:, None] + torch.arange(most, device=self.rows.device)
+        at = at.clamp(max=self._ids.shape[1] - 1)
+        seen: list[Tensor] = []
+        kept: tuple[list[Tensor], list[Tensor]] = [], []
+        watch = layer.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]) or output * 0)
+        below = self._backbone.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            for start in range(0, len(self._ids), _LOWER_HALF_RECORDS):
+                part = slice(start, start + _LOWER_HALF_RECORDS)
+                with torch.autocast(at.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+                    self._backbone(input_ids=self._ids[part], use_cache=False)
+                for values, place in zip((seen[1], seen[0]), kept, strict=True):
+                    index = at[part][..., None].expand(-1, -1, values.shape[2])
+                    place.append(values.gather(1, index).to(self._dtype))
+                seen.clear()
+        finally:
+            watch.remove()
+            below.remove()
+        return torch.cat(kept[0]), torch.cat(kept[1])
+
+
+@contextmanager
+def _watched(layers: Sequence[nn.Linear]) -> Iterator[dict[int, Tensor]]:
+    """Per-record gradients of the layers' weights in one backward pass (`privacy.bookkeeping`)."""
+    gradients: dict[int, Tensor] = {}
+
+    def watch(index: int) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        def on_forward(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            x = inputs[0].detach()
+
+            def on_backward(g: Tensor) -> None:
+                gradients[index] = torch.bmm(g.transpose(1, 2).float(), x.float())
+
+            if not output.requires_grad:
+                output.requires_grad_()
+            output.register_hook(on_backward)  # type: ignore[no-untyped-call]
+
+        return on_forward
+
+    hooks = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
+    for layer in layers:
+        layer.weight.requires_grad_(False)
+    try:
+        yield gradients
+    finally:
+        for hook, layer in zip(hooks, layers, strict=True):
+            hook.remove()
+            layer.weight.requires_grad_(True)
+
+
+def _trained_layers(small: SmallLM) -> list[nn.Linear]:
+    if not all(small.trains(WHOLE)):
+        raise ConfigError("a trained parameter has no columns")
+    owners = {id(module.weight): module for module in small.model.modules() if isinstance(module, nn.Linear)}
+    return [owners[id(parameter)] for parameter in small.trainable]
