@@ -54,9 +54,7 @@ CASES: Mapping[str, Case] = {
     "rank 512": Case({"rank": 512}),
     "rank 32, random directions, rate .05": Case({"rank": 32, "directions": "random"}, learning_rate=0.05),
     "all matrices of the last layer, rank 32": Case({"rank": 32, "modules": LAST_LAYER}),
-    "all matrices of the last layer, rank 32, rate .01": Case(
-        {"rank": 32, "modules": LAST_LAYER}, learning_rate=0.01
-    ),
+    "all matrices of the last layer, rank 32, rate .01": Case({"rank": 32, "modules": LAST_LAYER}, learning_rate=0.01),
     "`down_proj` of the last two layers, rank 32": Case({"rank": 32, "layers": 2}),
     "`down_proj` of the last two layers, rank 32, rate .01": Case({"rank": 32, "layers": 2}, learning_rate=0.01),
     "`down_proj` of all layers, rank 32, rate .002": Case({"rank": 32, "layers": 0}, learning_rate=0.002),
