@@ -7,7 +7,7 @@ shuffled batches), and steers the large LM with that. No adapter of the small LM
 these runs, so that what they leave of the gap is the proxy's own and the steering rule's.
 
 Each line has the gain on records to choose by and the fraction of the gap on those that `utility.py` judges, by alpha;
-the shares are the default's. They are an upper bound and not a setting to be had: no round of a federation trains so.
+the shares are the default's. They are a yardstick and no setting to be had: no round of a federation trains so.
 """
 
 from __future__ import annotations
