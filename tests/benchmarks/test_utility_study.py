@@ -256,3 +256,11 @@ def test_a_case_that_is_not_there_and_a_bad_setting_are_named(command, study, ca
     assert "no case begins with 'rank 7'" in capsys.readouterr().err
     assert study.parse(["run", "--results", "x", "--cases", "rank 32,mome"]).cases[-1] == "momentum, rate 100"
     assert command("--set", "lora.rank")[0] == ConfigError.exit_code
+
+
+def test_the_table_in_the_documents_is_that_of_the_lines_beside_it(study, capsys):
+    docs = BENCHMARKS.parent / "docs"
+    assert study.main(["table", "--results", str(docs / "figures" / "utility_study.jsonl")]) == 0
+    table = capsys.readouterr().out
+    assert table.count("\n") > 20
+    assert table in (docs / "results.md").read_text(encoding="utf-8")
