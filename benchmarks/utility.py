@@ -73,12 +73,16 @@ class Scale:
 
     rounds: int
     clients: int
-    records: int
+    records: float
 
     @classmethod
     def of(cls, epsilon: float, records: int) -> Scale:
         """That of an epsilon and a number of training records, both public. Noise falls with their product."""
         return next(scale for least, scale in SCALES if epsilon * records >= least)
+
+    def sampling_rate(self, *, clients: int, cohort: int, records: int) -> float:
+        """The rate that gives a round of `cohort` out of `clients`, who have `records` together, what it expects."""
+        return min(1.0, self.records * clients / (cohort * records))
 
 
 SCALES = (
@@ -186,7 +190,9 @@ def for_records(config: RunConfig, records: Records, minutes: float = FULL_MINUT
             "minimum_survivors": math.ceil(SURVIVING * cohort),
         },
         "privacy": {
-            "sampling_rate": min(1.0, round(scale.records * records.clients / (cohort * len(records.train)), 3))
+            "sampling_rate": round(
+                scale.sampling_rate(clients=records.clients, cohort=cohort, records=len(records.train)), 3
+            )
         },
     }
     changed = {}

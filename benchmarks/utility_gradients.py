@@ -19,8 +19,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fedpt_secure.errors import ConfigError
-from fedpt_secure.lm.part import WHOLE
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy import SmallExample
 
@@ -159,8 +157,13 @@ class RecordSums:
         at = (self._loss_from - 1)[:, None] + torch.arange(most, device=self.rows.device)
         at = at.clamp(max=self._ids.shape[1] - 1)
         seen: list[Tensor] = []
+
+        def without_adapter(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            seen.append(inputs[0])
+            return torch.zeros_like(output)
+
         kept: tuple[list[Tensor], list[Tensor]] = [], []
-        watch = layer.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]) or output * 0)
+        watch = layer.register_forward_hook(without_adapter)
         below = self._backbone.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
             for start in range(0, len(self._ids), _LOWER_HALF_RECORDS):
@@ -191,7 +194,7 @@ def _watched(layers: Sequence[nn.Linear]) -> Iterator[dict[int, Tensor]]:
 
             if not output.requires_grad:
                 output.requires_grad_()
-            output.register_hook(on_backward)  # type: ignore[no-untyped-call]
+            output.register_hook(on_backward)
 
         return on_forward
 
@@ -207,7 +210,5 @@ def _watched(layers: Sequence[nn.Linear]) -> Iterator[dict[int, Tensor]]:
 
 
 def _trained_layers(small: SmallLM) -> list[nn.Linear]:
-    if not all(small.trains(WHOLE)):
-        raise ConfigError("a trained parameter has no columns")
     owners = {id(module.weight): module for module in small.model.modules() if isinstance(module, nn.Linear)}
     return [owners[id(parameter)] for parameter in small.trainable]

@@ -22,19 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch.nn.functional import cross_entropy
 from utility import gap_closed
+from utility_command import finished, floats
 from utility_data import NAMES, changed_by, data_settings
 from utility_gradients import RecordSums
 from utility_results import append_line, read_lines
 from utility_simulation import Case, Simulation, Trained, Which
 from utility_study import SPLIT, ceiling_losses
 
-from fedpt_secure.cli.progress import shown_on
-from fedpt_secure.cli.quiet import quiet_libraries
 from fedpt_secure.data import Cache
-from fedpt_secure.errors import FedptError
 from fedpt_secure.federation.setup import load_models
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.progress import SILENT, Progress
@@ -47,16 +44,7 @@ ALPHAS = (0.25, 0.5, 0.75, 1.0)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not in the results yet; the exit code."""
     options = parse(arguments)
-    torch.set_num_threads(1)
-    quiet_libraries()
-    console = Console(stderr=True)
-    try:
-        with shown_on(console) as progress:
-            limits(options, progress)
-    except FedptError as error:
-        console.print(f"error: {error}", markup=False)
-        return error.exit_code
-    return 0
+    return finished(lambda progress: limits(options, progress))
 
 
 def limits(options: argparse.Namespace, progress: Progress) -> None:
@@ -122,10 +110,6 @@ def tune(small: SmallLM, records: RecordSums, *, rate: float, passes: int, progr
                 task.advance()
 
 
-def _floats(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,7 +117,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", choices=NAMES, default="chat")
     parser.add_argument("--data-folder", type=Path, default=Path("../shared/data"))
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting, in TOML")
-    parser.add_argument("--rates", type=_floats, default=[3e-4, 1e-3])
+    parser.add_argument("--rates", type=floats, default=[3e-4, 1e-3])
     parser.add_argument("--passes", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 4, 8])
     parser.add_argument("--device", default="auto")
     return parser.parse_args(arguments)

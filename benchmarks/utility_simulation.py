@@ -172,13 +172,9 @@ class HeldOut:
 class Simulation:
     """One data set under one split: models, records, and the large model's answers, which no setting changes."""
 
-    def __init__(self, settings: Mapping[str, Any], split_seed: int, progress: Progress, share: float = 1.0) -> None:
-        """Load them.
-
-        Args:
-            share: of the recipe's rounds that is made.
-        """
-        self._settings, self._share = overlay(settings, {"seed": split_seed}), share
+    def __init__(self, settings: Mapping[str, Any], split_seed: int, progress: Progress) -> None:
+        """Load them."""
+        self._settings = overlay(settings, {"seed": split_seed})
         self.config = build(RunConfig, self._settings)
         self._text = load_federated_text(self.config.data, seed=split_seed, cache=Cache(), progress=progress)
         self._records = held_out_records(self._text, split_seed)
@@ -234,7 +230,7 @@ class Simulation:
         small, clients = loaded.models.small, loaded.clients
         rng = np.random.default_rng([seed, 11])
         generator = torch.Generator(small.device).manual_seed(seed)
-        run = plan(case, epsilon, [len(client) for client in clients], seed, self._share)
+        run = plan(case, epsilon, [len(client) for client in clients], seed)
         clip_norm, clipping = case.clip_norm, _clipping(case)
         weights = np.zeros(small.dimension, dtype=np.float32)
         optimizer = ServerOptimizer.fresh(
@@ -288,20 +284,19 @@ class Plan:
     noise_shares: float
 
 
-def plan(case: Case, epsilon: float, sizes: Sequence[int], seed: int, share: float = 1.0) -> Plan:
+def plan(case: Case, epsilon: float, sizes: Sequence[int], seed: int) -> Plan:
     """Cohorts, rate and noise as `utility.py` has them.
 
     Args:
         sizes: training records of each client.
-        share: of the recipe's rounds that is made.
     """
     total, clients = sum(sizes), len(sizes)
     scale = Scale.of(epsilon, total)
-    records, by_client = scale.records * case.records, case.mode == "client"
-    cohort = min(clients, max(1, round(records * clients / total)) if by_client else scale.clients)
-    rounds = max(1, round(scale.rounds * case.rounds * share))
+    scale, by_client = replace(scale, records=scale.records * case.records), case.mode == "client"
+    cohort = min(clients, max(1, round(scale.records * clients / total)) if by_client else scale.clients)
+    rounds = max(1, round(scale.rounds * case.rounds))
     schedule = cohort_schedule([f"{index:05}" for index in range(clients)], rounds=rounds, cohort=cohort, seed=seed)
-    rate = 1.0 if by_client else min(1.0, records * clients / (cohort * total))
+    rate = 1.0 if by_client else scale.sampling_rate(clients=clients, cohort=cohort, records=total)
     multiplier = calibrate_noise(
         epsilon=epsilon, delta=DELTA, sampling_rate=rate, steps=max(participations(schedule).values())
     )

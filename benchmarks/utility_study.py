@@ -1,14 +1,14 @@
 """What each setting is worth by itself, and what the recipe reaches by epsilon: many simulated runs side by side.
 
     python benchmarks/utility_study.py run --results study.jsonl --data chat --seeds 0,1,2 --epsilons 4,inf
-    python benchmarks/utility_study.py run --results study.jsonl --seeds 0 --cases "rank 32,rank 128" --share 0.2
+    python benchmarks/utility_study.py run --results study.jsonl --seeds 0 --cases "rank 32,rank 128"
     python benchmarks/utility_study.py table --results study.jsonl
     python benchmarks/utility_study.py curve --results curve.jsonl --data chat --epsilons 0.5,1,2,4,8,inf
 
 **Simulated** (`utility_simulation.py`): what the recipe's runs are in distribution, without keys, masks and ring.
 
-`run`: every case makes the recipe's rounds of the recipe's records unless its name says otherwise (or `--share` of
-them), and no more records in all. Judged on held-out records that `utility.py` does not judge, so that choosing by the
+`run`: every case makes the recipe's rounds of the recipe's records unless its name says otherwise, and no
+more records in all. Judged on held-out records that `utility.py` does not judge, so that choosing by the
 table is not choosing on reported figures. Gains are in nats per token over the large LM alone; the difference is to the
 reference, over seeds, whose split, sample and noise are their own.
 
@@ -31,17 +31,14 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-import torch
-from rich.console import Console
 from utility import gap_closed
 from utility_ceiling import CEILINGS, EVALUATION_RECORDS, find, tokenizer_of
+from utility_command import finished, floats
 from utility_data import NAMES, changed_by, data_settings, load_records
 from utility_results import append_line, epsilon_in_json, read_lines
 from utility_simulation import Case, Simulation
 
-from fedpt_secure.cli.progress import shown_on
-from fedpt_secure.cli.quiet import quiet_libraries
-from fedpt_secure.errors import DataError, FedptError
+from fedpt_secure.errors import DataError
 from fedpt_secure.progress import Progress
 
 SPLIT = 0
@@ -96,19 +93,8 @@ REFERENCE = next(iter(CASES))
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run cases, or print the table; the exit code."""
     options = parse(arguments)
-    torch.set_num_threads(1)
-    quiet_libraries()
-    console = Console(stderr=True)
-    try:
-        if options.what == "table":
-            print(table(read_lines(options.results)))
-            return 0
-        with shown_on(console) as progress:
-            (study if options.what == "run" else curve)(options, progress)
-    except FedptError as error:
-        console.print(f"error: {error}", markup=False)
-        return error.exit_code
-    return 0
+    work = {"run": study, "curve": curve, "table": lambda options, _: print(table(read_lines(options.results)))}
+    return finished(lambda progress: work[options.what](options, progress))
 
 
 def study(options: argparse.Namespace, progress: Progress) -> None:
@@ -125,7 +111,7 @@ def study(options: argparse.Namespace, progress: Progress) -> None:
                 key = {"data": options.data, "seed": seed, "epsilon": epsilon_in_json(epsilon)}
                 if _there(options.results, {**key, "case": name}):
                     continue
-                simulation = simulation or Simulation(configured(options), seed, progress, options.share)
+                simulation = simulation or Simulation(configured(options), seed, progress)
                 for line in _measured(simulation, name, epsilon, seed, progress):
                     append_line(options.results, {**key, **line})
 
@@ -168,7 +154,7 @@ def curve(options: argparse.Namespace, progress: Progress) -> None:
             if _there(options.results, key):
                 continue
             if simulation is None:
-                simulation = Simulation(configured(options), SPLIT, progress, options.share)
+                simulation = Simulation(configured(options), SPLIT, progress)
                 tuned = ceiling_losses(simulation)
             began = time.perf_counter()
             trained = simulation.train(case, epsilon, seed, progress)
@@ -266,10 +252,6 @@ def _cell(gains: Mapping[int, float], reference: Mapping[int, float]) -> str:
     return f"{cell}: {mean(differences):+.4f}{spread} (n {len(differences)})"
 
 
-def _floats(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -279,8 +261,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-folder", type=Path, default=Path("../shared/data"))
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting, in TOML")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--epsilons", type=_floats, default=[4.0, math.inf])
-    parser.add_argument("--share", type=float, default=1.0, help="of the recipe's rounds that are made")
+    parser.add_argument("--epsilons", type=floats, default=[4.0, math.inf])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cases", default="", help="their names, or beginnings of them, comma-separated; default: all")
     options = parser.parse_args(arguments)
