@@ -30,7 +30,7 @@ from fedpt_secure.federation.iterate_average import IterateAverage
 from fedpt_secure.federation.mechanisms import CLIP_RANGE, INDICATOR_WEIGHT
 from fedpt_secure.federation.prepared_text import client_examples, large_examples, seeded_sample
 from fedpt_secure.federation.schedule import cohort_schedule, participations
-from fedpt_secure.federation.server_optimizer import ServerOptimizer
+from fedpt_secure.federation.server_optimizer import ServerOptimizer, pace_of
 from fedpt_secure.federation.setup import RunModels, load_models
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy import QuantileClipping, SmallExample
@@ -253,8 +253,9 @@ class Simulation:
                 if case.noise_aware and deviation:
                     noise = small.dimension * deviation**2
                     update *= max(0.0, 1 - noise / float(update @ update))
-                rate = case.learning_rate * _pace(case, index, len(run.schedule))
-                weights, optimizer = replace(optimizer, learning_rate=rate).apply(weights, update)
+                paced = {"warm_up": case.warm_up, "cool_down": case.cool_down}
+                pace = pace_of(index, rounds=len(run.schedule), **paced)
+                weights, optimizer = optimizer.apply(weights, update, pace=pace)
                 average = average.with_iterate(weights)
                 if clipping is not None:
                     counted = clipping.coordinate(norms, clip_norm)
@@ -319,12 +320,6 @@ def held_out_records(text: FederatedText, seed: int) -> dict[Which, list[Any]]:
     if len(choice) < CHOICE_RECORDS:
         raise DataError(f"{len(held_out)} held-out records leave {len(choice)} beside those that utility.py judges")
     return {"choice": [held_out[i] for i in choice], "judged": [held_out[i] for i in judged]}
-
-
-def _pace(case: Case, index: int, rounds: int) -> float:
-    warmth = min(1.0, (index + 1) / max(1, case.warm_up))
-    falling = case.cool_down * rounds
-    return warmth * (min(1.0, (rounds - index) / falling) if falling else 1.0)
 
 
 def _clients_sum(

@@ -202,6 +202,8 @@ class LoraSettings(Settings):
     """Linear layers that get an adapter. Few trained parameters carry little noise (docs/LOG.md)."""
     directions: Literal["auto", "public", "random"] = "auto"
     """Where A comes from: principal directions of public text, or random; `auto`: public if the small LM has them."""
+    whitening: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    """How much the weaker public directions are raised to the energy of the strongest: 0 not at all, 1 fully."""
 
 
 class PrivacyConfig(Settings):
@@ -341,6 +343,10 @@ class TrainingConfig(Settings):
     server_optimizer: Literal["average", "momentum", "adam"] = "adam"
     """What the server makes of the mean update (post-processing): FedAvg, FedAvgM or FedAdam (Reddi et al. 2021)."""
     server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 0.05
+    server_warm_up: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Rounds, the first, over which the server's learning rate rises to its value."""
+    server_cool_down: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    """Share of the rounds, at the end, over which it falls towards 0."""
     server_momentum: Fraction = 0.9
     average_decay: Fraction = 0.0
     """The released adapter is the exponential moving average of the server's iterates with this decay

@@ -19,8 +19,11 @@ def nested(name, value):
 BOUNDS = [
     ("lora.rank", 1, 1024, 1025),
     ("lora.layers", 0, 1000, 1001),
+    ("lora.whitening", 0.0, 1.0, 1.1),
     ("training.local_steps", 1, 10_000, 10_001),
     ("training.server_learning_rate", 1e-6, 1000.0, 1000.1),
+    ("training.server_warm_up", 0, 100_000, 100_001),
+    ("training.server_cool_down", 0.0, 1.0, 1.1),
     ("federation.rounds", 1, 100_000, 100_001),
     ("federation.cohort", 3, 100_000, 100_001),
     ("federation.ring_bits", 16, 32, 33),

@@ -15,12 +15,16 @@ from tokenizers import Tokenizer
 
 from fedpt_secure.lm.directions import FILE, Directions, principal_directions
 from fedpt_secure.lm.small import builtin_directory, load_builtin_weights
+from fedpt_secure.lm.split import layer_of
 from fedpt_secure.lm.vocabulary import Vocabulary
 
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODULES = ("q_proj", "o_proj", "gate_proj", "down_proj")
+"""One of those that read the same input (`Directions`)."""
 COUNT = 32
-WIDE_COUNTS = {"down_proj": 512}
-"""Of the last layer, which runs train: with little noise a wide adapter learns more (docs/LOG.md)."""
+DEEP_COUNT, DEEP_LAYERS = 128, 3
+"""Of the last layers, for runs with little noise: there a wide adapter on several layers learns more (docs/LOG.md)."""
+WIDEST = {"down_proj": 512}
+"""Of the last layer."""
 PASSAGES = 400
 CONTEXT = 128
 
@@ -36,11 +40,15 @@ def main() -> None:
         for passage in passages
         if passage.strip()
     ]
-    directions = principal_directions(model, sequences, modules=MODULES, count=max(COUNT, *WIDE_COUNTS.values()))
-    last = f"layers.{model.config.num_hidden_layers - 1}."
-    kept = {
-        layer: WIDE_COUNTS.get(layer.rsplit(".", 1)[-1], COUNT) if last in layer else COUNT for layer in directions.rows
-    }
+    directions = principal_directions(model, sequences, modules=MODULES, count=max(COUNT, *WIDEST.values()))
+    last = model.config.num_hidden_layers - 1
+    kept = {}
+    for layer in directions.rows:
+        index, module = layer_of(f".{layer}"), layer.rsplit(".", 1)[-1]
+        if index is None:
+            raise ValueError(f"{layer} is in no layer")
+        deep = DEEP_COUNT if index > last - DEEP_LAYERS else COUNT
+        kept[layer] = WIDEST.get(module, deep) if index == last else deep
     directions = Directions(
         {layer: directions.rows[layer][:count] for layer, count in kept.items()},
         {layer: directions.energies[layer][:count] for layer, count in kept.items()},

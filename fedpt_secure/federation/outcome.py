@@ -18,6 +18,7 @@ from fedpt_secure.federation.client import LARGEST_ADAPTER_ENTRY, ClientTerms
 from fedpt_secure.federation.mechanisms import RingNoiseMechanism
 from fedpt_secure.federation.run_directory import RunDirectory
 from fedpt_secure.federation.server import AggregationServer, RoundAggregate
+from fedpt_secure.federation.server_optimizer import pace_of
 from fedpt_secure.federation.state import RunState, save
 from fedpt_secure.federation.transcript import Transcript
 from fedpt_secure.lm.small import SmallLM
@@ -96,8 +97,15 @@ def take_step(
         ModelError: the adapter is no longer finite or small.
     """
     state.clip_norm = aggregate.clip_norm
+    training = config.training
+    pace = pace_of(
+        round_index,
+        rounds=config.federation.rounds,
+        warm_up=training.server_warm_up,
+        cool_down=training.server_cool_down,
+    )
     moved, state.optimizer = state.optimizer.apply(
-        small.adapter_vector(), aggregate.mean_update, trained=aggregate.trained
+        small.adapter_vector(), aggregate.mean_update, pace=pace, trained=aggregate.trained
     )
     if not np.abs(moved).max() <= LARGEST_ADAPTER_ENTRY:
         raise ModelError(

@@ -49,11 +49,13 @@ class ServerOptimizer:
         weights: npt.NDArray[np.float32],
         mean_update: Vector,
         *,
+        pace: float = 1.0,
         trained: npt.NDArray[np.bool_] | None = None,
     ) -> tuple[npt.NDArray[np.float32], ServerOptimizer]:
         """Move the weights by one mean update `[d]`; returns the new weights and the optimizer after the step.
 
         Args:
+            pace: factor on the learning rate in this step (`pace_of`).
             trained: entries that this round trained, `[d]`; all of them if None. The others stay where they are, and so
                 do their moments: an old direction must not go on moving them.
         """
@@ -66,10 +68,28 @@ class ServerOptimizer:
             decay = ADAM_SECOND_MOMENT_DECAY
             second = decay * second + (1 - decay) * mean_update**2
             step = (first / (1 - self.momentum**seen)) / (np.sqrt(second / (1 - decay**seen)) + ADAM_EPSILON)
-        moved = (weights + self.learning_rate * step).astype(np.float32)
+        moved = (weights + self.learning_rate * pace * step).astype(np.float32)
         if trained is not None:
             moved = np.where(trained, moved, weights)
             seen = np.where(trained, seen, self.seen)
             first = np.where(trained, first, self.first_moment)
             second = np.where(trained, second, self.second_moment)
         return moved, replace(self, first_moment=first, second_moment=second, seen=seen, steps=self.steps + 1)
+
+
+def pace_of(round_index: int, *, rounds: int, warm_up: int, cool_down: float) -> float:
+    """Factor on the server's learning rate in a round: rises linearly, stays at 1, falls linearly to almost 0.
+
+    Adam's first steps go by single updates, and its last ones, at a constant rate, stay as noisy as the others. The
+    factor follows from public numbers alone.
+
+    Args:
+        round_index: from 0.
+        rounds: of the whole run.
+        warm_up: rounds, the first, over which the factor rises to 1.
+        cool_down: share of the rounds, at the end, over which it falls; 0 keeps it.
+    """
+    risen = (round_index + 1) / max(1, warm_up)
+    falling = cool_down * rounds
+    left = (rounds - round_index) / falling if falling else 1.0
+    return min(1.0, risen) * min(1.0, left)

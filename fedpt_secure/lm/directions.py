@@ -26,6 +26,8 @@ _UNIT_ENERGY = 1 / 3
 """Mean square of a component of `A x` that PEFT's random A (Kaiming uniform) has for inputs of unit mean square."""
 _SCALED_BY = 32
 """The strongest directions by whose energy A is scaled, so that a wider adapter adds columns and changes none."""
+_READS_WITH = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Linear layers whose input another one of the same block reads too, so that its directions are theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +35,40 @@ class Directions:
     """Principal directions of the inputs of a model's linear layers.
 
     Attributes:
-        rows: layer name -> orthonormal rows `[k, in_features]`, strongest first (up to rounding, once saved).
+        rows: layer name -> orthonormal rows `[k, in_features]`, strongest first (up to rounding, once saved). Layers
+            that read the same input need only one entry: `q_proj` is `k_proj`'s and `v_proj`'s too, `gate_proj`
+            `up_proj`'s.
         energies: layer name -> mean square of the input along each row, `[k]`.
     """
 
     rows: dict[str, Tensor]
     energies: dict[str, Tensor]
 
-    def lora_a(self, layer: str, rank: int) -> Tensor:
+    def lora_a(self, layer: str, rank: int, *, whitening: float = 0.0) -> Tensor:
         """A `[rank, in_features]` for one layer, scaled so that the strongest components of `A x`, up to 32 of them,
         have the mean energy they have for a random A; the others are weaker, as the inputs are.
+
+        Args:
+            whitening: how much of that difference is taken out: 0 leaves it, 1 gives all components the same energy.
 
         Raises:
             ConfigError: there are no directions for the layer, or fewer than the rank.
         """
-        rows = self.rows.get(layer)
+        stored = layer if layer in self.rows else _reader_of_the_same_input(layer)
+        rows = self.rows.get(stored)
         if rows is None or len(rows) < rank:
             known = 0 if rows is None else len(rows)
             raise ConfigError(
                 f"lora.rank {rank} needs {rank} public directions for {layer}; the small LM ships {known}",
                 hint='a smaller rank, or lora.directions = "random"',
             )
-        strongest = self.energies[layer][: min(rank, _SCALED_BY)]
-        return rows[:rank].float() * (_UNIT_ENERGY / strongest.mean()).sqrt()
+        strongest = self.energies[stored][: min(rank, _SCALED_BY)]
+        scale = (_UNIT_ENERGY / strongest.mean()).sqrt()
+        if whitening:
+            weakest = self.energies[stored].max() * torch.finfo(torch.float32).eps
+            relative = self.energies[stored][:rank].clamp(min=weakest) / strongest.mean()
+            scale = scale * relative.pow(-whitening / 2)[:, None]
+        return rows[:rank].float() * scale
 
     def save(self, path: Path) -> None:
         """Write a safetensors file; rows in float16, whose rounding moves a direction by some 1e-4 of its length."""
@@ -113,6 +126,11 @@ def principal_directions(
         rows[layer] = chosen.float()
         energies[layer] = values.flip(0)[:count].float()
     return Directions(rows, energies)
+
+
+def _reader_of_the_same_input(layer: str) -> str:
+    block, _, module = layer.rpartition(".")
+    return f"{block}.{_READS_WITH.get(module, module)}"
 
 
 @contextmanager

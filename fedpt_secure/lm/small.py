@@ -104,7 +104,7 @@ class SmallLM:
             raise ConfigError(f"LoRA does not fit the small LM: {error}", hint="see lora.modules") from None
         self.directions = _choose_directions(base, lora)
         if self.directions == "public" and base.directions is not None:
-            _set_directions(self.model, base.directions, lora.rank)
+            _set_directions(self.model, base.directions, lora)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_("lora_B" in name)
         self.model.to(device)
@@ -234,16 +234,22 @@ def _choose_directions(base: BaseLM, lora: LoraSettings) -> str:
         raise ConfigError(
             f"the small LM {base.name!r} ships no public directions for LoRA", hint='lora.directions = "random"'
         )
-    if lora.directions == "auto":
-        return "random" if base.directions is None else "public"
-    return lora.directions
+    chosen = lora.directions
+    if chosen == "auto":
+        chosen = "random" if base.directions is None else "public"
+    if lora.whitening and chosen != "public":
+        raise ConfigError(
+            f"lora.whitening is {lora.whitening:g}, but the adapter of {base.name!r} has random directions",
+            hint="lora.whitening = 0; a random A lets all components through alike",
+        )
+    return chosen
 
 
-def _set_directions(model: PeftModel, directions: Directions, rank: int) -> None:
+def _set_directions(model: PeftModel, directions: Directions, lora: LoraSettings) -> None:
     prefix = "base_model.model."
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            a = directions.lora_a(name.removeprefix(prefix), rank)
+            a = directions.lora_a(name.removeprefix(prefix), lora.rank, whitening=lora.whitening)
             with torch.no_grad():
                 module.lora_A["default"].weight.copy_(a)
 

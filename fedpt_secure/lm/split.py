@@ -2,7 +2,8 @@
 
 Below the cut nothing is trained, so an example's activations there are the same in every step and every round. They are
 computed once without gradient and kept, within a bound. Above the cut only what training needs runs: the layers
-from the cut on, and the head at the positions whose loss counts.
+from the cut on, and, once the last layer's attention has read all positions, the rest of it and the head at the
+positions whose loss counts.
 
 Where the only module trained in the lowest trained layer is its `mlp.down_proj`, the cut runs through that layer: its
 output is `below + scale * B(A x)`, and `below` and `A x` are what is kept, `width + rank` numbers a position. If it is
@@ -115,9 +116,11 @@ class SplitLM:
         self._adapted: Any = layers[self._layer].mlp.down_proj if self._through else None
         first_above = self._layer + self._through
         self._by_position = first_above == len(layers)
-        self._above = _with_layers(
-            self._backbone, [_Skip() if index < first_above else layer for index, layer in enumerate(layers)]
-        )
+        above = [_Skip() if index < first_above else layer for index, layer in enumerate(layers)]
+        self._last: _AskedRows | None = None
+        if not self._by_position:
+            above[-1] = self._last = _AskedRows(layers[-1])
+        self._above = _with_layers(self._backbone, above)
         self._frozen_part: _Frozen | None = None
         self._cache: dict[tuple[tuple[int, ...], int], Activations] = {}
         self._cached_bytes = 0
@@ -158,13 +161,13 @@ class SplitLM:
             adapter = self._adapted.active_adapters[0]
             moved = self._adapted.lora_B[adapter](inputs.float()[None])
             hidden = hidden + moved * self._adapted.scaling[adapter]
-        if self._by_position:
-            judged = self._backbone.norm(hidden)[0]
+        if self._last is None:
+            judged = self._backbone.norm(hidden)
         else:
+            self._last.rows = loss_from - 1 + rows
             with torch.autocast(hidden.device.type, self._compute.dtype, enabled=self._lower):
-                hidden = self._above(inputs_embeds=hidden, use_cache=False).last_hidden_state
-            judged = hidden[0, loss_from - 1 + rows]
-        return head_loss(judged.float(), frozen.head_weight, targets)
+                judged = self._above(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return head_loss(judged[0].float(), frozen.head_weight, targets)
 
     @property
     def _lower(self) -> bool:
@@ -243,6 +246,26 @@ class _Skip(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         return hidden_states
+
+
+class _AskedRows(nn.Module):
+    """The last layer, which leaves out the positions that nobody asks for once its attention has read them.
+
+    Attributes:
+        rows: int64 [n], the positions that the next pass is asked for.
+    """
+
+    rows: torch.Tensor
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer: Any = layer
+
+    def forward(self, hidden_states: torch.Tensor, **context: Any) -> torch.Tensor:
+        attended, _ = self._layer.self_attn(hidden_states=self._layer.input_layernorm(hidden_states), **context)
+        asked = (hidden_states + attended)[:, self.rows]
+        moved: torch.Tensor = asked + self._layer.mlp(self._layer.post_attention_layernorm(asked))
+        return moved
 
 
 class _Tap(nn.Module):

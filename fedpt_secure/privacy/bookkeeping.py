@@ -74,9 +74,12 @@ def bookkeeping_gradients(
             raise PrivacyError("a trained layer did not run once for each example")
         rows = []
         for index, layer in enumerate(layers):
-            row = torch.zeros(len(batch), *layer.weight.shape)
-            if index in trained:
-                row[..., : columns[index]] = gradients.pop(index).cpu()
+            if columns[index] == layer.weight.shape[1]:
+                row = gradients.pop(index).cpu()
+            else:
+                row = torch.zeros(len(batch), *layer.weight.shape)
+                if index in trained:
+                    row[..., : columns[index]] = gradients.pop(index).cpu()
             rows.append(row.flatten(1))
         return torch.cat(rows, dim=1)
 

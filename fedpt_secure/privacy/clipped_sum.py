@@ -30,6 +30,7 @@ _SMALLEST_CLIP_NORM = float(np.finfo(np.float32).tiny)
 _GRID_BITS = 32
 _MOST_EXAMPLES = 2 ** (53 - _GRID_BITS)  # their sum, in grid steps, is an integer that float64 holds
 _NORM_ROUNDING = 1e-9  # relative; a float64 norm of 1e6 entries is far more exact
+_PART = 1 << 15  # entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class _GridSum:
         self._on_grid = math.isfinite(clip_norm)
         self._step = 2.0 ** (math.frexp(clip_norm)[1] - _GRID_BITS) if self._on_grid else 1.0
         self._steps = torch.zeros(dimension, dtype=torch.float64)
+        self._buffer = torch.empty(_PART, dtype=torch.float64)
 
     def scales(self, norms: torch.Tensor) -> torch.Tensor:
         """Factor for each vector of these norms: at most 1, and 0 where the norm is not finite."""
@@ -139,13 +141,24 @@ class _GridSum:
 
     def add(self, vectors: torch.Tensor) -> npt.NDArray[np.float64]:
         """Clip and add the rows of `[n, d]`; their norms before that, inf where not finite."""
-        norms = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).nan_to_num(nan=torch.inf)
+        norms = torch.stack([self._norm(vector) for vector in vectors]).nan_to_num(nan=torch.inf)
         for vector, scale in zip(vectors, self.scales(norms).tolist(), strict=True):
             if scale == 0:  # a product of 0 and inf would be NaN
                 continue
-            steps = vector.double().mul_(scale / self._step)
-            self._steps += steps.trunc_() if self._on_grid else steps
+            for part, total in zip(_parts(vector), _parts(self._steps), strict=True):
+                steps = self._in_float64(part).mul_(scale / self._step)
+                if self._on_grid:
+                    np.trunc(steps.numpy(), out=steps.numpy())  # the same numbers as torch's, 20 times as fast
+                total += steps
         return np.asarray(norms.numpy())
+
+    def _norm(self, vector: torch.Tensor) -> torch.Tensor:
+        squares = (torch.dot(part, part) for part in map(self._in_float64, _parts(vector)))
+        return torch.as_tensor(sum(squares)).sqrt()
+
+    def _in_float64(self, part: torch.Tensor) -> torch.Tensor:
+        """Until the next call. In one buffer: the memory of a wide adapter's copy would be mapped anew each time."""
+        return self._buffer[: len(part)].copy_(part)
 
     def add_floats(self, vector: torch.Tensor) -> None:
         """Add `[d]` as it is."""
@@ -153,6 +166,10 @@ class _GridSum:
 
     def value(self) -> npt.NDArray[np.float64]:
         return np.asarray((self._steps * self._step).numpy())
+
+
+def _parts(vector: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split(vector, _PART)
 
 
 def _passes(

@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedpt_secure.federation.server_optimizer import ADAM_EPSILON, ADAM_SECOND_MOMENT_DECAY, ServerOptimizer
+from fedpt_secure.federation.server_optimizer import (
+    ADAM_EPSILON,
+    ADAM_SECOND_MOMENT_DECAY,
+    ServerOptimizer,
+    pace_of,
+)
 
 RNG = np.random.default_rng(0)
 UPDATES = RNG.normal(size=(6, 5))
@@ -74,3 +81,28 @@ def test_without_the_mask_an_old_direction_goes_on_moving_what_is_not_trained():
     weights, optimizer = optimizer.apply(np.zeros(5, dtype=np.float32), UPDATES[0])
     moved, _ = optimizer.apply(weights, np.zeros(5))
     assert (moved != weights).all()
+
+
+def test_the_rate_rises_stays_and_falls():
+    paces = [pace_of(index, rounds=10, warm_up=4, cool_down=0.3) for index in range(10)]
+    assert paces == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 2 / 3, 1 / 3])
+
+
+def test_without_a_pace_every_round_has_the_whole_rate():
+    assert {pace_of(index, rounds=5, warm_up=0, cool_down=0.0) for index in range(5)} == {1.0}
+
+
+@given(st.integers(1, 200), st.integers(0, 300), st.floats(0, 1))
+def test_no_round_stands_still_or_goes_faster_than_the_rate(rounds, warm_up, cool_down):
+    paces = [pace_of(index, rounds=rounds, warm_up=warm_up, cool_down=cool_down) for index in range(rounds)]
+    assert all(0 < pace <= 1 for pace in paces)
+
+
+@pytest.mark.parametrize("kind", ["average", "momentum", "adam"])
+def test_half_the_pace_moves_half_as_far_and_leaves_the_same_moments(kind):
+    optimizer = ServerOptimizer.fresh(kind, learning_rate=0.5, momentum=0.9, dimension=5)
+    start = np.zeros(5, dtype=np.float32)
+    (whole, after), (half, after_half) = (optimizer.apply(start, UPDATES[0], pace=pace) for pace in (1.0, 0.5))
+    assert np.allclose(half, whole / 2)
+    assert np.array_equal(after.first_moment, after_half.first_moment)
+    assert np.array_equal(after.second_moment, after_half.second_moment)

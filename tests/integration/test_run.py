@@ -75,6 +75,19 @@ def test_the_released_adapter_is_the_average_of_the_iterates_and_training_goes_o
     assert np.array_equal(opened.models.small.adapter_vector(), expected)
 
 
+def test_the_servers_rate_is_what_the_pace_makes_of_it(tiny_settings, tmp_path):
+    """One round is a tenth of a rise over ten: a tenth of the step."""
+    adapters = []
+    for warm_up in (0, 10):
+        settings = {**tiny_settings, "insecure_deterministic": True}
+        config = changed(settings, training={"server_warm_up": warm_up}, federation={"rounds": 1})
+        directory, _ = run(config, tmp_path / str(warm_up), tmp_path / "cache")
+        adapters.append(directory.load_checkpoint().tensors["adapter"])
+    whole, tenth = adapters
+    assert np.abs(whole).max() > 0
+    assert np.allclose(tenth, whole / 10, rtol=1e-5)
+
+
 def test_the_adapter_loads_with_plain_peft(tiny_config, tiny_models, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -107,6 +107,38 @@ def test_without_shipped_directions_a_is_random_from_the_seed_and_public_is_refu
         attach(1, "public")
 
 
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+def test_whitening_takes_the_difference_of_energies_out(directions, whitening):
+    seen = inputs(model(), sequences(1))
+    plain, white = (
+        ((seen @ directions.lora_a(LAYER, 8, whitening=share).T) ** 2).mean(0) for share in (0.0, whitening)
+    )
+    strongest = plain.mean()  # of these 8
+    assert torch.allclose(white, strongest * (plain / strongest) ** (1 - whitening), rtol=1e-2)
+
+
+def test_whitening_of_random_directions_is_refused():
+    base = BaseLM(model(), TokenMap.identity(50), "tiny")
+    with pytest.raises(ConfigError, match="random directions"):
+        SmallLM(base, LoraSettings(rank=4, whitening=0.5), seed=0, device=torch.device("cpu"))
+
+
+def test_layers_that_read_the_same_input_share_what_is_stored(directions):
+    modules = ("q_proj", "v_proj", "gate_proj", "up_proj")
+    measured = principal_directions(model(), sequences(1), modules=modules, count=8)
+    kept = {name: rows for name, rows in measured.rows.items() if name.endswith(("q_proj", "gate_proj"))}
+    once = Directions(kept, {name: measured.energies[name] for name in kept})
+    for reader in ("self_attn.v_proj", "mlp.up_proj"):
+        layer = f"model.layers.1.{reader}"
+        assert layer not in once.rows
+        assert torch.equal(once.lora_a(layer, 4), measured.lora_a(layer, 4))
+
+
+def test_a_layer_of_another_input_gets_nobody_elses(directions):
+    with pytest.raises(ConfigError, match=r"directions for model\.layers\.0\.self_attn\.q_proj; the small LM ships 0"):
+        directions.lora_a("model.layers.0.self_attn.q_proj", 1)
+
+
 def test_more_than_are_stored_is_refused(directions):
     with pytest.raises(ConfigError, match="rank 9"):
         directions.lora_a(LAYER, 9)

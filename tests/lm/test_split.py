@@ -50,6 +50,7 @@ CUTS = {  # layers, modules -> where the cut runs
     "through the last layer": (1, ("down_proj",)),
     "through a lower layer": (2, ("down_proj",)),
     "below a layer": (2, ("down_proj", "q_proj")),
+    "below the last layer": (1, ("down_proj", "k_proj", "o_proj")),
     "below the lowest layer": (0, ("v_proj",)),
 }
 IDS = tuple(np.random.default_rng(3).integers(0, VOCABULARY, 14).tolist())
