@@ -18,12 +18,16 @@ from fedpt_secure.privacy import Ledger, Release, SmallExample
 Examples = Callable[[str], Sequence[SmallExample]]
 """The training records of a client, by its id, as token ids."""
 
+KEPT_RECORDS = 16_384
+"""Most records whose token ids stay in memory between rounds, all clients together; some 5 kB each at 128 tokens."""
+
 
 class Population:
     """All clients that some round asks, and the keys they know each other by.
 
-    What is held of a client between its rounds are its keys; its ledger is on disk, and its records are cut to token
-    ids anew. So memory follows the cohort, not the population (docs/scale.md).
+    What is held of a client between its rounds are its keys and, of the first `KEPT_RECORDS` that are asked for, its
+    records as token ids; its ledger is on disk, and other records are cut to token ids anew. So memory follows the
+    cohort, not the population (docs/scale.md).
 
     Attributes:
         roster: every client's verify key, as distributed out of band.
@@ -50,6 +54,7 @@ class Population:
         self._ledgers = ledgers
         self._examples = examples
         self._recorder = recorder
+        self._kept: dict[str, Sequence[SmallExample]] = {}
 
     def cohort(self, client_ids: Iterable[str]) -> dict[str, ClientWorker]:
         """Workers for one round.
@@ -60,7 +65,7 @@ class Population:
         return {
             client_id: ClientWorker(
                 client_id,
-                self._examples(client_id),
+                self._token_ids(client_id),
                 terms=self.terms,
                 identity=self._identities[client_id],
                 roster=self.roster,
@@ -70,6 +75,14 @@ class Population:
             )
             for client_id in client_ids
         }
+
+    def _token_ids(self, client_id: str) -> Sequence[SmallExample]:
+        examples = self._kept.get(client_id)
+        if examples is None:
+            examples = self._examples(client_id)
+            if sum(map(len, self._kept.values())) + len(examples) <= KEPT_RECORDS:
+                self._kept[client_id] = examples
+        return examples
 
     def releases(self) -> dict[str, tuple[Release, ...]]:
         """What each client's ledger says its data was used for in this run.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fedpt_secure.config import RunConfig, build
 from fedpt_secure.data import Cache
 from fedpt_secure.errors import DataError, LedgerError
 from fedpt_secure.federation import RunDirectory, run_training
+from fedpt_secure.federation import population as population_module
 from fedpt_secure.federation import run as run_module
 from fedpt_secure.federation.population import Population
 from fedpt_secure.lm.small import SmallLM
@@ -83,6 +85,25 @@ def test_memory_of_a_rounds_clients_goes_with_the_round(tiny_models, chat_file, 
     assert len(alive) == 5
     assert kept[0] > 0
     assert kept[-1] == 0
+
+
+@pytest.mark.parametrize(("bound", "kept"), [(1 << 14, 6), (25, 2), (0, 0)])
+def test_records_are_cut_once_within_the_bound_and_anew_beyond_it(
+    tiny_models, chat_file, tmp_path, monkeypatch, bound, kept
+):
+    monkeypatch.setattr(population_module, "KEPT_RECORDS", bound)
+    cut, cuts = run_module.client_examples, Counter()
+
+    def counted(client, models, config):
+        cuts[client.client_id] += 1
+        assert len(client.train) in range(8, 13)
+        return cut(client, models, config)
+
+    monkeypatch.setattr(run_module, "client_examples", counted)
+    trained(settings(tiny_models, chat_file, cohort=6), tmp_path / "run")
+    assert len(cuts) == 6
+    # Once before the first round, where all are tried; then in the first round alone, or in each of three.
+    assert sorted(cuts.values()) == [2] * kept + [4] * (6 - kept)
 
 
 def test_a_record_that_cannot_be_cut_is_found_before_a_ledger_is_begun(tiny_models, chat_file, tmp_path, monkeypatch):
