@@ -14,8 +14,7 @@ over the held-out records, in nats per token, with a percentile bootstrap over r
 directly tuned model is that of `utility_ceiling.py`: without privacy, centrally, on so many records as `ceiling` says;
 its losses per record stand in `ceilings.json` by the digest of the records, so that other records are never compared.
 
-Settings are one recipe for all data sets (`RECIPE`, and `SCALES` by how much noise there is), chosen on training
-records of chat (docs/results.md); `--set section.key=value` changes them. `minutes` is CPU time of all threads,
+Settings are those of `utility_recipe.py`; `--set section.key=value` changes them. `minutes` is CPU time of all threads,
 held-out evaluation included; `--minutes M` gives M / 30 of the recipe's rounds.
 """
 
@@ -28,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from utility_ceiling import CEILINGS, EVALUATION_RECORDS, compute, find, tokenizer_of
-from utility_data import NAMES, Records, changed_by, data_settings, load_records
+from utility_data import NAMES, changed_by, data_settings, load_records
+from utility_recipe import FULL_MINUTES, Recipe
 
 from fedpt_secure.cli.progress import shown_on
 from fedpt_secure.cli.quiet import quiet_libraries
@@ -51,48 +50,7 @@ from fedpt_secure.lm.large_weights import resolve_large
 from fedpt_secure.progress import Progress
 from fedpt_secure.report import summarise
 
-FULL_MINUTES = 30.0
 RESAMPLES = 5000
-RECIPE: dict[str, Any] = {
-    "privacy": {"mode": "distributed"},
-    "lora": {"rank": 256},
-    "training": {"sampled_positions": 32, "server_learning_rate": 0.02},
-    "models": {"activation_cache_mb": 3072},
-}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What of the recipe follows from how much noise there is: with less of it to average out, more and smaller rounds.
-
-    Attributes:
-        rounds: of a run of at most 30 CPU minutes.
-        clients: most in a round. A simulated round of secure aggregation costs as much as the square of them.
-        records: expected number in a round's sum; the sampling rate follows from it and the (public) number of records.
-    """
-
-    rounds: int
-    clients: int
-    records: float
-
-    @classmethod
-    def of(cls, epsilon: float, records: int) -> Scale:
-        """That of an epsilon and a number of training records, both public. Noise falls with their product."""
-        return next(scale for least, scale in SCALES if epsilon * records >= least)
-
-    def sampling_rate(self, *, clients: int, cohort: int, records: int) -> float:
-        """The rate that gives a round of `cohort` out of `clients`, who have `records` together, what it expects."""
-        return min(1.0, self.records * clients / (cohort * records))
-
-
-SCALES = (
-    (math.inf, Scale(rounds=110, clients=32, records=450)),
-    (40_000, Scale(rounds=50, clients=107, records=900)),
-    (0, Scale(rounds=28, clients=160, records=1850)),
-)
-"""By the least product of epsilon and records, descending."""
-SURVIVING = 0.9
-"""A round is aborted where fewer than this share answer, so that the noise of so many suffices (nobody drops here)."""
 Losses = npt.NDArray[np.float64]
 
 
@@ -131,7 +89,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         evaluation_records=config.evaluation.records,
         context_length=config.models.context_length,
     )
-    config = for_records(config, records, options.minutes)
+    config = Recipe.of(options.data, options.epsilon).for_records(config, records, options.minutes)
     with tempfile.TemporaryDirectory() as temporary:
         path = options.run or Path(temporary) / "run"
         resumed = path.exists()
@@ -163,7 +121,7 @@ def configuration(options: argparse.Namespace) -> RunConfig:
         ConfigError: a setting is not acceptable.
     """
     settings = overlay(
-        RECIPE,
+        Recipe.of(options.data, options.epsilon).settings(),
         {
             "seed": options.seed,
             "data": data_settings(options.data, options.data_folder),
@@ -172,35 +130,6 @@ def configuration(options: argparse.Namespace) -> RunConfig:
         },
     )
     return build(RunConfig, changed_by(settings, options.set))
-
-
-def for_records(config: RunConfig, records: Records, minutes: float = FULL_MINUTES) -> RunConfig:
-    """The configuration with what suits the data and the noise (`Scale`), where it does not say it itself.
-
-    Args:
-        minutes: that the run may take; the rounds are a proportion of the scale's.
-    """
-    federation, privacy = config.federation, config.privacy
-    scale = Scale.of(privacy.epsilon, len(records.train))
-    cohort = federation.cohort or min(records.clients, scale.clients)
-    suited: dict[str, dict[str, Any]] = {
-        "federation": {
-            "rounds": max(1, round(scale.rounds * minutes / FULL_MINUTES)),
-            "cohort": cohort,
-            "minimum_survivors": math.ceil(SURVIVING * cohort),
-        },
-        "privacy": {
-            "sampling_rate": round(
-                scale.sampling_rate(clients=records.clients, cohort=cohort, records=len(records.train)), 3
-            )
-        },
-    }
-    changed = {}
-    for name, values in suited.items():
-        section = getattr(config, name)
-        said = section.model_fields_set
-        changed[name] = section.model_copy(update={key: value for key, value in values.items() if key not in said})
-    return config.model_copy(update=changed)
 
 
 def gap_closed(

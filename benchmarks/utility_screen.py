@@ -31,6 +31,7 @@ import utility
 from rich.console import Console
 from utility_ceiling import tokenizer_of
 from utility_data import load_records
+from utility_recipe import Recipe
 from utility_results import append_line, epsilon_in_json, read_lines
 
 from fedpt_secure.cli.progress import shown_on
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         evaluation_records=config.evaluation.records,
         context_length=config.models.context_length,
     )
-    config = utility.for_records(config, records, options.minutes)
+    config = Recipe.of(options.data, options.epsilon).for_records(config, records, options.minutes)
     with tempfile.TemporaryDirectory() as temporary:
         result = run_training(
             config, RunDirectory.create(Path(temporary) / "run", config), cache=Cache(), progress=progress

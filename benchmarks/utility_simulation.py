@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from utility import Scale
 from utility_ceiling import EVALUATION_RECORDS
 from utility_gradients import RecordSums
+from utility_recipe import Scale
 
 from fedpt_secure.config import RunConfig, build, overlay
 from fedpt_secure.data import Cache, FederatedText, load_federated_text
@@ -55,7 +55,8 @@ class Case:
     Attributes:
         lora: what of the run's `[lora]` differs.
         mode: whose noise there is, and what is protected.
-        rounds, records: how many times the recipe's (`utility.Scale`); records are those of a round.
+        scale: rounds, clients and records of a round; None for those that the noise gives.
+        rounds, records: how many times the scale's; records are those of a round.
         noise_aware: the server shrinks a mean update by signal / (signal + noise), both as squared norms.
         warm_up: rounds over which the rate rises.
         cool_down: share of the rounds, at the end, over which the rate falls to 0.
@@ -71,6 +72,7 @@ class Case:
     clip_norm: float = 0.1
     quantile: float | None = None
     positions: int | None = 32
+    scale: Scale | None = None
     rounds: float = 1.0
     records: float = 1.0
     decay: float = 0.0
@@ -292,7 +294,7 @@ def plan(case: Case, epsilon: float, sizes: Sequence[int], seed: int) -> Plan:
         sizes: training records of each client.
     """
     total, clients = sum(sizes), len(sizes)
-    scale = Scale.of(epsilon, total)
+    scale = case.scale or Scale.of(epsilon, total)
     scale, by_client = replace(scale, records=scale.records * case.records), case.mode == "client"
     cohort = min(clients, max(1, round(scale.records * clients / total)) if by_client else scale.clients)
     rounds = max(1, round(scale.rounds * case.rounds))

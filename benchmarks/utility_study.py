@@ -35,6 +35,7 @@ from utility import gap_closed
 from utility_ceiling import CEILINGS, EVALUATION_RECORDS, find, tokenizer_of
 from utility_command import finished, floats
 from utility_data import NAMES, changed_by, data_settings, load_records
+from utility_recipe import ALL_MATRICES, Scale
 from utility_results import append_line, epsilon_in_json, read_lines
 from utility_simulation import Case, Simulation
 
@@ -43,20 +44,21 @@ from fedpt_secure.progress import Progress
 
 SPLIT = 0
 """The split of `curve`: that of the ceilings."""
-LAST_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CASES: Mapping[str, Case] = {
     "reference: last `down_proj`, rank 256, Adam .02": Case(),
     "rank 32, rate .05": Case({"rank": 32}, learning_rate=0.05),
     "rank 128": Case({"rank": 128}),
     "rank 512": Case({"rank": 512}),
     "rank 32, random directions, rate .05": Case({"rank": 32, "directions": "random"}, learning_rate=0.05),
-    "all matrices of the last layer, rank 32": Case({"rank": 32, "modules": LAST_LAYER}),
-    "all matrices of the last layer, rank 32, rate .01": Case({"rank": 32, "modules": LAST_LAYER}, learning_rate=0.01),
+    "all matrices of the last layer, rank 32": Case({"rank": 32, "modules": ALL_MATRICES}),
+    "all matrices of the last layer, rank 32, rate .01": Case(
+        {"rank": 32, "modules": ALL_MATRICES}, learning_rate=0.01
+    ),
     "`down_proj` of the last two layers, rank 32": Case({"rank": 32, "layers": 2}),
     "`down_proj` of the last two layers, rank 32, rate .01": Case({"rank": 32, "layers": 2}, learning_rate=0.01),
     "`down_proj` of all layers, rank 32, rate .002": Case({"rank": 32, "layers": 0}, learning_rate=0.002),
     "all matrices of all layers, rank 32, rate .001": Case(
-        {"rank": 32, "layers": 0, "modules": LAST_LAYER}, learning_rate=0.001
+        {"rank": 32, "layers": 0, "modules": ALL_MATRICES}, learning_rate=0.001
     ),
     "clip norm .03": Case(clip_norm=0.03),
     "clip norm .3": Case(clip_norm=0.3),
@@ -77,6 +79,17 @@ CASES: Mapping[str, Case] = {
     "8 positions": Case(positions=8),
     "half the rounds, twice the records": Case(rounds=0.5, records=2.0),
     "twice the rounds, half the records": Case(rounds=2.0, records=0.5),
+    "all matrices of the last layer, rank 128, half whitened, rate .015": Case(
+        {"rank": 128, "modules": ALL_MATRICES, "whitening": 0.5}, learning_rate=0.015
+    ),
+    "all matrices of three layers, rank 128, rate .0015, rising and falling, all positions, 480 rounds of 32": Case(
+        {"rank": 128, "layers": 3, "modules": ALL_MATRICES},
+        learning_rate=0.0015,
+        positions=None,
+        scale=Scale(rounds=480, clients=5, records=32),
+        warm_up=10,
+        cool_down=0.5,
+    ),
     "mode `local`": Case(mode="local"),
     "mode `client`": Case(mode="client"),
 }

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedpt_secure.config import RunConfig, build, overlay
 from fedpt_secure.errors import ConfigError, DataError
 from fedpt_secure.lm.directions import FILE, Directions
 from fedpt_secure.lm.small import builtin_directory
@@ -42,7 +43,8 @@ def command(benchmark, tiny_run, chat_file, tmp_path_factory):
             patch.setenv("FEDPT_CACHE", str(root / "cache"))
             source = {"source": str(chat_file), "client_column": "who", "text_column": "said"}
             patch.setattr(benchmark["utility"], "data_settings", lambda name, folder: source)
-            words = ["--data", "chat", "--ceilings", str(root / "ceilings.json"), *tiny_run, *arguments]
+            shallow = ["--set", "lora.layers=1"]  # the tiny model has no three layers
+            words = ["--data", "chat", "--ceilings", str(root / "ceilings.json"), *tiny_run, *shallow, *arguments]
             return benchmark["utility"].main(words), output.getvalue()
 
     return run, root / "ceilings.json"
@@ -124,10 +126,11 @@ def records_of(benchmark, count, clients=20):
 
 
 def test_minutes_scale_the_rounds_and_a_bad_setting_is_named(benchmark):
-    utility = benchmark["utility"]
+    utility, recipes = benchmark["utility"], benchmark["utility_recipe"]
     options = utility.parse(["--data", "chat", "--minutes", "15", "--set", "privacy.clip_norm=0.3"])
-    config = utility.for_records(utility.configuration(options), records_of(benchmark, 100), options.minutes)
-    assert config.federation.rounds == utility.SCALES[-1][1].rounds / 2
+    records = records_of(benchmark, 100)
+    config = recipes.Recipe.of("chat", 4.0).for_records(utility.configuration(options), records, options.minutes)
+    assert config.federation.rounds == recipes.SCALES[-1][1].rounds / 2
     assert config.privacy.clip_norm == 0.3
     assert config.privacy.mode == "distributed"
     options.set = ["privacy.clip_norm"]
@@ -139,32 +142,52 @@ def test_minutes_scale_the_rounds_and_a_bad_setting_is_named(benchmark):
 
 
 def test_the_less_noise_the_more_and_smaller_rounds(benchmark):
-    scales = [scale for _, scale in benchmark["utility"].SCALES]
+    scales = [scale for _, scale in benchmark["utility_recipe"].SCALES]
     for more, less in itertools.pairwise(scales):
         assert more.rounds > less.rounds
         assert more.clients < less.clients
         assert more.records < less.records
-    of = benchmark["utility"].Scale.of
+    of = benchmark["utility_recipe"].Scale.of
     assert [of(math.inf, 100), of(8.0, 6184), of(4.0, 11933), of(4.0, 6184)] == [*scales[:2], *scales[1:]]
 
 
 def test_the_built_in_model_ships_the_directions_that_the_recipe_trains(benchmark):
     directions = Directions.load(builtin_directory() / FILE)
-    rank = benchmark["utility"].RECIPE["lora"]["rank"]
-    a = directions.lora_a("model.layers.5.mlp.down_proj", rank)
-    assert a.shape[0] == rank
-    rows = a / a.norm(dim=1, keepdim=True)
-    assert float((rows @ rows.T - torch.eye(rank)).abs().max()) < 1e-3  # orthogonal, but for float16
+    recipes = benchmark["utility_recipe"]
+    for recipe in (recipes.Recipe(), *recipes.DEPARTURES.values()):
+        lora = build(RunConfig, recipe.settings()).lora
+        for layer in range(6 - lora.layers, 6):
+            for module in lora.modules:
+                block = "self_attn" if module in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+                a = directions.lora_a(f"model.layers.{layer}.{block}.{module}", lora.rank)
+                assert a.shape[0] == lora.rank
+                rows = a / a.norm(dim=1, keepdim=True)
+                # orthogonal, but for float16
+                assert float((rows @ rows.T - torch.eye(lora.rank)).abs().max()) < 1e-3
+
+
+def test_a_departure_holds_for_its_data_set_and_noise_alone(benchmark):
+    of, scale = benchmark["utility_recipe"].Recipe.of, benchmark["utility_recipe"].Scale
+    assert of("dolly", 4.0) == of("dolly", math.inf) == of("chat", 8.0) == benchmark["utility_recipe"].Recipe()
+    deep = of("chat", math.inf)
+    config = build(RunConfig, overlay(deep.settings(), {"privacy": {"epsilon": math.inf}}))
+    suited = deep.for_records(config, records_of(benchmark, 6184, clients=214))
+    assert (suited.federation.rounds, suited.federation.cohort) == (deep.scale.rounds, deep.scale.clients)
+    assert suited.privacy.sampling_rate * 6184 * suited.federation.cohort / 214 == pytest.approx(32, rel=1e-2)
+    assert suited.federation.rounds > scale.of(math.inf, 6184).rounds
+    assert suited.lora.layers == 3
 
 
 def test_what_the_command_line_says_is_not_overridden_by_the_scale(benchmark):
-    utility = benchmark["utility"]
+    utility, of = benchmark["utility"], benchmark["utility_recipe"].Recipe.of
     said = ["federation.rounds=3", "federation.cohort=5", "privacy.sampling_rate=0.5", 'lora.modules=["q_proj"]']
     options = utility.parse(["--data", "chat", *(word for line in said for word in ("--set", line))])
-    config = utility.for_records(utility.configuration(options), records_of(benchmark, 100))
+    config = of("chat", 4.0).for_records(utility.configuration(options), records_of(benchmark, 100))
     assert (config.federation.rounds, config.federation.cohort, config.federation.minimum_survivors) == (3, 5, 5)
     assert (config.privacy.sampling_rate, config.lora.modules) == (0.5, ("q_proj",))
-    free = utility.for_records(utility.configuration(utility.parse(["--data", "chat"])), records_of(benchmark, 10_000))
+    free = of("chat", 4.0).for_records(
+        utility.configuration(utility.parse(["--data", "chat"])), records_of(benchmark, 10_000)
+    )
     assert (free.federation.cohort, free.federation.minimum_survivors) == (20, 18)
     assert free.privacy.sampling_rate == pytest.approx(900 / 10_000)
 
