@@ -102,7 +102,7 @@ class Recipe:
                 "cohort": cohort,
                 "minimum_survivors": math.ceil(SURVIVING * cohort),
             },
-            "privacy": {"sampling_rate": float(f"{rate:.3g}") if self.scale else round(rate, 3)},
+            "privacy": {"sampling_rate": float(f"{rate:.3g}")},
         }
         changed = {}
         for name, values in suited.items():

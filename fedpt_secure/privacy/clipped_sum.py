@@ -141,7 +141,7 @@ class _GridSum:
 
     def add(self, vectors: torch.Tensor) -> npt.NDArray[np.float64]:
         """Clip and add the rows of `[n, d]`; their norms before that, inf where not finite."""
-        norms = torch.stack([self._norm(vector) for vector in vectors]).nan_to_num(nan=torch.inf)
+        norms = torch.stack([self._norm(vector) for vector in vectors]).nan_to_num(nan=torch.inf, posinf=torch.inf)
         for vector, scale in zip(vectors, self.scales(norms).tolist(), strict=True):
             if scale == 0:  # a product of 0 and inf would be NaN
                 continue

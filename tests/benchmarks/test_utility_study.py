@@ -149,6 +149,9 @@ def test_a_plan_asks_for_the_recipes_records_and_counts_a_clients_rounds(simulat
     assert recipe.noise_multiplier == calibrate_noise(
         epsilon=4.0, delta=simulation.DELTA, sampling_rate=recipe.sampling_rate, steps=most
     )
+    own = simulation.plan(simulation.Case(scale=simulation.Scale(7, 6, 30)), 4.0, sizes, seed=0)
+    assert (len(own.schedule), len(own.schedule[0])) == (7, 6)
+    assert own.units == pytest.approx(30)
     by_client = simulation.plan(simulation.Case(mode="client"), 4.0, sizes, seed=0)
     assert by_client.sampling_rate == 1.0
     assert by_client.units == len(by_client.schedule[0]) == round(scale.records * len(sizes) / sum(sizes))

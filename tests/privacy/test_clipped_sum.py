@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fedpt_secure.lm.small import BaseLM, SmallLM
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.privacy import SmallExample, clipped_sum, example_losses
 from fedpt_secure.privacy.bookkeeping import bookkeeping_gradients
+from fedpt_secure.privacy.clipped_sum import _GridSum
 
 VOCABULARY, HIDDEN, INNER, HEADS, RANK = 64, 16, 32, 2, 2
 METHODS = ("bookkeeping", "hooks", "ghost")
@@ -60,6 +62,31 @@ def naive_gradients(small: SmallLM, data: list[SmallExample]) -> np.ndarray:
 def naive_sum(gradients: np.ndarray, clip_norm: float) -> np.ndarray:
     norms = np.linalg.norm(gradients, axis=1)
     return (gradients * np.minimum(1, clip_norm / norms)[:, None]).sum(0)
+
+
+@pytest.mark.parametrize("entries", [1, 37, 1 << 15])
+@pytest.mark.parametrize("clip_norm", [0.05, math.inf])
+def test_a_vector_is_clipped_and_added_alike_in_parts_of_any_size(monkeypatch, entries, clip_norm):
+    """In float64, norms differ by rounding alone, the sum by no more than the steps of its grid."""
+    small, data = small_lm(), examples(9)
+    whole = clipped_sum(small, data, clip_norm=clip_norm)
+    monkeypatch.setattr(sys.modules[clipped_sum.__module__], "_PART", entries)
+    parts = clipped_sum(small, data, clip_norm=clip_norm)
+    assert np.allclose(parts.norms, whole.norms, rtol=1e-13)
+    assert np.allclose(parts.vector, whole.vector, rtol=0, atol=9 * 0.05 * 2**-30 if clip_norm == 0.05 else 1e-12)
+    gradients = naive_gradients(small, data)
+    assert np.allclose(parts.vector, naive_sum(gradients, clip_norm), rtol=1e-3, atol=1e-6)
+
+
+def test_of_a_vector_with_one_bad_entry_in_any_part_nothing_is_added(monkeypatch):
+    monkeypatch.setattr(sys.modules[clipped_sum.__module__], "_PART", 4)
+    for place, bad in itertools.product((0, 5, 9), (math.nan, math.inf, -math.inf)):
+        total = _GridSum(10, 1.0)
+        vectors = torch.ones(2, 10)
+        vectors[0, place] = bad
+        norms = total.add(vectors)
+        assert math.isinf(norms[0])
+        assert np.allclose(total.value(), 1 / math.sqrt(10), atol=1e-6)
 
 
 def overflowing(small: SmallLM, size: float = 1e20) -> SmallLM:
