@@ -16,6 +16,7 @@ def tiny_run(tiny_models: dict[str, str]) -> list[str]:
         "models.context_length": 12,
         "models.device": '"cpu"',
         "lora.rank": 2,
+        "lora.layers": 1,
         "federation.rounds": 2,
         "federation.cohort": 6,
         "evaluation.records": 12,

@@ -43,8 +43,7 @@ def command(benchmark, tiny_run, chat_file, tmp_path_factory):
             patch.setenv("FEDPT_CACHE", str(root / "cache"))
             source = {"source": str(chat_file), "client_column": "who", "text_column": "said"}
             patch.setattr(benchmark["utility"], "data_settings", lambda name, folder: source)
-            shallow = ["--set", "lora.layers=1"]  # the tiny model has no three layers
-            words = ["--data", "chat", "--ceilings", str(root / "ceilings.json"), *tiny_run, *shallow, *arguments]
+            words = ["--data", "chat", "--ceilings", str(root / "ceilings.json"), *tiny_run, *arguments]
             return benchmark["utility"].main(words), output.getvalue()
 
     return run, root / "ceilings.json"
