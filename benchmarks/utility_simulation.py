@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from utility_ceiling import EVALUATION_RECORDS
 from utility_gradients import RecordSums
-from utility_recipe import Scale
+from utility_recipe import Recipe, Scale
 
 from fedpt_secure.config import RunConfig, build, overlay
 from fedpt_secure.data import Cache, FederatedText, load_federated_text
@@ -81,6 +81,19 @@ class Case:
     noise_aware: bool = False
     alpha: float | None = None
     shares: bool = True
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Case:
+        """A recipe of `utility.py` as a case."""
+        training = recipe.settings()["training"]
+        return cls(
+            recipe.departures.get("lora", {}),
+            learning_rate=training["server_learning_rate"],
+            positions=training["sampled_positions"],
+            scale=recipe.scale,
+            warm_up=training.get("server_warm_up", 0),
+            cool_down=training.get("server_cool_down", 0.0),
+        )
 
     def rule(self, config: RunConfig) -> SteeringRule:
         """What the case is judged by."""

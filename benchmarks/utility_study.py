@@ -35,7 +35,7 @@ from utility import gap_closed
 from utility_ceiling import CEILINGS, EVALUATION_RECORDS, find, tokenizer_of
 from utility_command import finished, floats
 from utility_data import NAMES, changed_by, data_settings, load_records
-from utility_recipe import ALL_MATRICES, Scale
+from utility_recipe import ALL_MATRICES, DEPARTURES
 from utility_results import append_line, epsilon_in_json, read_lines
 from utility_simulation import Case, Simulation
 
@@ -79,19 +79,12 @@ CASES: Mapping[str, Case] = {
     "8 positions": Case(positions=8),
     "half the rounds, twice the records": Case(rounds=0.5, records=2.0),
     "twice the rounds, half the records": Case(rounds=2.0, records=0.5),
-    "all matrices of the last layer, rank 128, half whitened, rate .015": Case(
-        {"rank": 128, "modules": ALL_MATRICES, "whitening": 0.5}, learning_rate=0.015
-    ),
-    "all matrices of three layers, rank 128, rate .0015, rising and falling, all positions, 480 rounds of 32": Case(
-        {"rank": 128, "layers": 3, "modules": ALL_MATRICES},
-        learning_rate=0.0015,
-        positions=None,
-        scale=Scale(rounds=480, clients=5, records=32),
-        warm_up=10,
-        cool_down=0.5,
-    ),
     "mode `local`": Case(mode="local"),
     "mode `client`": Case(mode="client"),
+    **{
+        f"what `{data}` departs to {'under' if noise else 'without'} noise": Case.of(recipe)
+        for (data, noise), recipe in DEPARTURES.items()
+    },
 }
 RULES: Mapping[str, Case] = {
     "the rule: alpha .75": Case(alpha=0.75),

@@ -9,7 +9,7 @@ Measured effect: docs/LOG.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +135,7 @@ def _reader_of_the_same_input(layer: str) -> str:
 
 @contextmanager
 def _accumulating(model: nn.Module, modules: tuple[str, ...], moments: dict[str, Tensor]) -> Iterator[None]:
-    def record(layer: str) -> object:
+    def record(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             flat = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()
             moments[layer] = moments.get(layer, 0) + flat.T @ flat
@@ -143,7 +143,7 @@ def _accumulating(model: nn.Module, modules: tuple[str, ...], moments: dict[str,
         return hook
 
     handles = [
-        module.register_forward_pre_hook(record(name))  # type: ignore[arg-type]
+        module.register_forward_pre_hook(record(name))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in modules
     ]
