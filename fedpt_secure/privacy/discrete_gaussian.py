@@ -1,32 +1,51 @@
-"""The discrete Gaussian on the integers, sampled exactly (Canonne, Kamath and Steinke 2020, arXiv 2004.00010).
+"""The discrete Gaussian on the integers, sampled exactly (after Canonne, Kamath and Steinke 2020, arXiv 2004.00010).
 
-P[X = k] is proportional to exp(-k^2 / (2 sigma^2)). Floating point never enters: every coin has a rational
-probability and is thrown with integers, so that there is nothing for Mironov's attack (2012) to hold on to. The
-algorithms are the paper's 1 (Bernoulli of exp(-gamma)), 2 (discrete Laplace) and 3 (discrete Gaussian by rejection),
-over whole arrays at once; an integer sigma makes all their fractions fit 64-bit integers.
+P[X = k] is proportional to exp(-k^2 / (2 sigma^2)). The result is a function of uniform words, and has exactly that
+distribution: there is nothing for Mironov's attack (2012) on floating-point noise to hold on to.
+
+**The algorithm** is the paper's 3, rejection from a discrete Laplace, with its two rejections made one. Magnitudes are
+proposed in blocks of w integers, w a power of two near sigma / 8:
+
+1. K counts the k >= 1 with U < exp(-k w / sigma), for a uniform U: P[K = j] is proportional to exp(-j w / sigma).
+2. m = K w + low, for `low` uniform below w. So P[m] is proportional to exp(-K w / sigma).
+3. m is accepted with probability exp(-((m - sigma)^2 + 2 sigma low) / (2 sigma^2)), which is at most 1. The product of
+   the two is exp(-m^2 / (2 sigma^2)) times a constant, as K w sigma = m sigma - low sigma.
+4. It gets a fair sign; one of the two zeros is thrown away.
+
+**Floating point decides nothing that is close.** Steps 1 and 3 compare a uniform number with an exponential. Of the
+number 53 and 44 bits are drawn at first. Where the rounded exponential is further away than its error and the undrawn
+bits together could be, the comparison is certain; else `exact_uniform` draws more and computes exactly. The margins are
+2^10 and more times the error of a logarithm or exponential that is right to 2^-48, where NumPy's are right to 2^-51.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from fedpt_secure.errors import PrivacyError
-
-Words = Callable[[int], npt.NDArray[np.uint64]]
-"""`words(n)` returns n fresh, uniform, unpredictable 64-bit words."""
+from fedpt_secure.privacy.exact_uniform import LazyUniform, Words
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+WordArray = npt.NDArray[np.uint64]
 
 LARGEST_SIGMA = 1 << 22
-"""With it |X| stays below 2^31 unless some 500 coins of probability 1/e all succeed (chance below 2^-700), and every
-square below 2^63."""
+"""With it |X| stays below 2^31 unless a uniform number begins with some 700 zeros, and every square below 2^63."""
 
-_ACCEPTED = 0.45
-"""Somewhat below the share of proposals that become samples, (1 - 1/e) * 0.76; only sets the batch size."""
+_BLOCKS_PER_SIGMA = 8
+_LOW_BITS = 19
+"""The widest block, LARGEST_SIGMA / 8, has so many bits."""
+_COIN_BITS = 64 - _LOW_BITS - 1
+_BLOCK_BITS = 53
+_CERTAIN_FROM = 1 << 30
+"""Smaller 53-bit numbers say too little about their own logarithm, with which K is found."""
+_K_MARGIN = 2.0**-26
+"""16 blocks a sigma times the undrawn bits' share, 2^-30 of the number, on either side, is half of this."""
+_COIN_MARGIN = 0.25
+"""In units of the last of the coin's bits, 2^-44."""
+_AT_ONCE = 1 << 14
+"""Attempts a pass, which fit into a core's own cache."""
 
 
 def discrete_gaussian(count: int, *, sigma: int, words: Words) -> IntArray:
@@ -45,84 +64,56 @@ def discrete_gaussian(count: int, *, sigma: int, words: Words) -> IntArray:
         raise PrivacyError(f"sigma {sigma!r} of a discrete Gaussian is not an integer in [1, {LARGEST_SIGMA}]")
     if count < 0:
         raise PrivacyError(f"cannot draw {count} samples")
-    parts: list[IntArray] = []
-    missing = count
-    while missing:
-        accepted = _propose(int(missing / _ACCEPTED) + 16, sigma, words)[:missing]
-        parts.append(accepted)
-        missing -= accepted.size
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+    samples = np.empty(count, dtype=np.int64)
+    filled = 0
+    while filled < count:
+        accepted = _propose(min(_AT_ONCE, 2 * (count - filled) + 16), sigma, words)[: count - filled]
+        samples[filled : filled + accepted.size] = accepted
+        filled += accepted.size
+    return samples
 
 
 def _propose(size: int, sigma: int, words: Words) -> IntArray:
-    """Discrete Laplace proposals of scale sigma, thinned to discrete Gaussians (Algorithm 3 with t = sigma)."""
-    proposals = _discrete_laplace(size, sigma, words)
-    distance = np.abs(proposals) - sigma
-    return proposals[_bernoulli_exp(distance * distance, 2 * sigma * sigma, words)]
-
-
-def _discrete_laplace(size: int, scale: int, words: Words) -> IntArray:
-    """Those of `size` attempts that succeed: P[X = k] proportional to exp(-|k| / scale) (Algorithm 2)."""
-    low = _uniform_below(scale, size, words)
-    low = low[_bernoulli_exp_fraction(low, scale, words)]
-    magnitude = low + scale * _geometric(low.size, words)
-    negative = _uniform_below(2, low.size, words).astype(np.bool_)
-    # Zero has two signs; one of them is thrown away.
-    kept = ~(negative & (magnitude == 0))
-    signed: IntArray = np.where(negative, -magnitude, magnitude)[kept]
+    """Those of `size` attempts that become samples."""
+    width = _block_width(sigma)
+    first, second = words(2 * size).reshape(2, size)
+    low = (second & np.uint64(width - 1)).astype(np.int64)
+    negative = (second >> np.uint64(_LOW_BITS) & np.uint64(1)).astype(np.bool_)
+    magnitude = _blocks(first >> np.uint64(64 - _BLOCK_BITS), width, sigma, words) * width + low
+    distance = magnitude - sigma
+    accepted = _coins(second >> np.uint64(64 - _COIN_BITS), distance * distance + 2 * sigma * low, sigma, words)
+    accepted &= ~(negative & (magnitude == 0))
+    signed: IntArray = np.where(negative, -magnitude, magnitude)[accepted]
     return signed
 
 
-def _geometric(size: int, words: Words) -> IntArray:
-    """How many coins of probability 1/e succeed before the first that fails."""
-    successes = np.zeros(size, dtype=np.int64)
-    running = np.arange(size)
-    while running.size:
-        running = running[_bernoulli_exp_fraction(np.ones(running.size, dtype=np.int64), 1, words)]
-        successes[running] += 1
-    return successes
+def _block_width(sigma: int) -> int:
+    """The largest power of two that is at most sigma / 8, or 1."""
+    return 1 << max(0, (sigma // _BLOCKS_PER_SIGMA).bit_length() - 1)
 
 
-def _bernoulli_exp(numerators: IntArray, denominator: int, words: Words) -> BoolArray:
-    """True with probability exp(-numerator / denominator), each (Algorithm 1)."""
-    whole, rest = np.divmod(numerators, denominator)
-    alive = np.arange(numerators.size)
-    done = np.zeros(numerators.size, dtype=np.int64)
-    while True:
-        pending = alive[done[alive] < whole[alive]]
-        if not pending.size:
-            break
-        passed = _bernoulli_exp_fraction(np.ones(pending.size, dtype=np.int64), 1, words)
-        done[pending[passed]] += 1
-        failed = np.zeros(numerators.size, dtype=np.bool_)
-        failed[pending[~passed]] = True
-        alive = alive[~failed[alive]]
-    result = np.zeros(numerators.size, dtype=np.bool_)
-    result[alive[_bernoulli_exp_fraction(rest[alive], denominator, words)]] = True
-    return result
+def _blocks(prefixes: WordArray, width: int, sigma: int, words: Words) -> IntArray:
+    """K of step 1, for numbers U that begin with these 53 bits: the integer part of -ln(U) sigma / width."""
+    middle = (prefixes.astype(np.float64) + 0.5) * 2.0**-_BLOCK_BITS
+    position = np.log(middle) * (-sigma / width)
+    nearest = np.rint(position)
+    blocks = np.floor(position).astype(np.int64)
+    tiny = prefixes < np.uint64(_CERTAIN_FROM)
+    for index in np.flatnonzero(tiny | (np.abs(position - nearest) < _K_MARGIN)).tolist():
+        known = 0 if tiny[index] else max(0, int(nearest[index]) - 1)
+        uniform = LazyUniform(int(prefixes[index]), _BLOCK_BITS, words)
+        blocks[index] = uniform.thresholds_above(width, sigma, known=known)
+    return blocks
 
 
-def _bernoulli_exp_fraction(numerators: IntArray, denominator: int, words: Words) -> BoolArray:
-    """The same for fractions of at most 1: the parity of a run of coins of probability fraction / k, k = 1, 2, ..."""
-    odd = np.zeros(numerators.size, dtype=np.bool_)
-    running = np.arange(numerators.size)
-    k = 1
-    while running.size:
-        heads = _uniform_below(denominator * k, running.size, words) < numerators[running]
-        odd[running[~heads]] = k % 2 == 1
-        running = running[heads]
-        k += 1
-    return odd
-
-
-def _uniform_below(bound: int, size: int, words: Words) -> IntArray:
-    """Uniform integers in [0, bound), exactly: words above the largest multiple of the bound are drawn again."""
-    if bound == 1:
-        return np.zeros(size, dtype=np.int64)
-    if not 2 <= bound < 1 << 62:
-        raise PrivacyError(f"bound {bound} of a uniform draw is not in [1, 2^62)")
-    largest = np.uint64(2**64 - 2**64 % bound - 1)
-    drawn = words(size)
-    while (again := np.flatnonzero(drawn > largest)).size:
-        drawn[again] = words(again.size)
-    return (drawn % np.uint64(bound)).astype(np.int64)
+def _coins(prefixes: WordArray, numerators: IntArray, sigma: int, words: Words) -> BoolArray:
+    """Step 3: which of the numbers that begin with these 44 bits are below exp(-numerator / (2 sigma^2))."""
+    denominator = 2 * sigma * sigma
+    thresholds = np.exp(numerators * (-1.0 / denominator)) * 2.0**_COIN_BITS
+    numbers = prefixes.astype(np.float64)
+    certain: BoolArray = numbers + (1 + _COIN_MARGIN) <= thresholds
+    possible = numbers - _COIN_MARGIN < thresholds
+    for index in np.flatnonzero(certain != possible).tolist():
+        uniform = LazyUniform(int(prefixes[index]), _COIN_BITS, words)
+        certain[index] = uniform.below_exp(int(numerators[index]), denominator)
+    return certain

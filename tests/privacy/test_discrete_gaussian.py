@@ -7,6 +7,7 @@ would be a false alarm with a chance below `FALSE_ALARM`.
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
@@ -131,89 +132,101 @@ def test_a_negative_count_is_refused():
 
 
 def test_the_largest_parameter_leaves_room_in_every_integer():
-    """Scale times 512 is 2^31, its square 2^62; a denominator of 2 sigma^2 may be multiplied 2^16 times."""
-    assert LARGEST_SIGMA * 512 <= 1 << 31
-    assert (2 * LARGEST_SIGMA**2) << 16 < 1 << 62
+    """Of 53 bits all zero, and 11 more words' worth, a magnitude stays below 2^31 and its numerator below 2^63."""
+    widest = module._block_width(LARGEST_SIGMA)
+    assert widest <= 1 << module._LOW_BITS
+    largest = (64 * math.log(2) * LARGEST_SIGMA / widest + 1) * widest
+    assert largest < 1 << 31
+    assert (largest - LARGEST_SIGMA) ** 2 + 2 * LARGEST_SIGMA * widest < 1 << 63
 
 
 # The building blocks.
 
 
-def scripted(*values):
-    """Words in the given order; running out of them is an error."""
-    rest = list(values)
-
-    def words(size):
-        taken, rest[:size] = rest[:size], []
-        assert len(taken) == size, "more words were drawn than the draw needs"
-        return np.array(taken, dtype=np.uint64)
-
-    return words
+@pytest.mark.parametrize("sigma", [1, 2, 7, 8, 9, 50, 1 << 20, LARGEST_SIGMA - 1, LARGEST_SIGMA])
+def test_blocks_are_at_most_an_eighth_of_sigma_and_at_least_a_sixteenth(sigma):
+    width = module._block_width(sigma)
+    assert width == 1 if sigma < 16 else sigma / 16 < width <= sigma / 8
 
 
-@pytest.mark.parametrize("bound", [2, 3, 7, 10, 256, 1000, 3 << 20, (1 << 45) + 1, (1 << 61) + 12345])
-def test_uniform_draws_keep_equally_many_words_for_each_value(bound):
-    """The words kept are those below a multiple of the bound: the first and last of them, and the first refused."""
-    kept = 2**64 - 2**64 % bound
-    low, high = module._uniform_below(bound, 2, scripted(0, kept - 1))
-    assert (low, high) == (0, bound - 1)
-    if kept < 2**64:
-        drawn = module._uniform_below(bound, 3, scripted(5, kept, 1, 2**64 - 1, bound + 1))
-        assert drawn.tolist() == [5 % bound, 1, 1]
-        again = module._uniform_below(bound, 1, scripted(2**64 - 1, kept, 1))
-        assert again.tolist() == [1]
+@pytest.mark.parametrize("sigma", [1, 7, 50, 1000])
+def test_blocks_are_geometric(sigma):
+    ratio = math.exp(-module._block_width(sigma) / sigma)
+    prefixes = words_of(9)(COUNT) >> np.uint64(11)
+    drawn = module._blocks(prefixes, module._block_width(sigma), sigma, words_of(10))
+    expected = COUNT * (1 - ratio) * ratio ** np.arange(drawn.max() + 50)
+    assert chi_square_accepts(np.bincount(drawn, minlength=len(expected)), expected)
 
 
-def test_a_bound_of_one_needs_no_word():
-    assert module._uniform_below(1, 3, scripted()).tolist() == [0, 0, 0]
+@pytest.mark.parametrize(("numerator", "sigma"), [(0, 3), (1, 1), (2, 1), (9, 3), (7, 2), (31, 3), (1 << 40, 1 << 20)])
+def test_coins_succeed_with_probability_exp_of_minus_the_fraction(numerator, sigma):
+    prefixes = words_of(numerator)(COUNT) >> np.uint64(20)
+    heads = module._coins(prefixes, np.full(COUNT, numerator), sigma, words_of(17)).sum()
+    assert binomtest(int(heads), COUNT, math.exp(-numerator / (2 * sigma**2))).pvalue > FALSE_ALARM
 
 
-@pytest.mark.parametrize("bound", [0, -1, 1 << 62])
-def test_bounds_out_of_range_are_refused(bound):
-    with pytest.raises(PrivacyError, match="uniform draw"):
-        module._uniform_below(bound, 1, scripted(1))
+def undecided_by_floats(monkeypatch):
+    """Every comparison goes the exact way."""
+    monkeypatch.setattr(module, "_K_MARGIN", 1.0)
+    monkeypatch.setattr(module, "_COIN_MARGIN", 2.0**50)
 
 
-@pytest.mark.parametrize("bound", [3, 10, 97])
-def test_uniform_draws_are_uniform(bound):
-    drawn = module._uniform_below(bound, COUNT, words_of(bound))
-    assert chi_square_accepts(np.bincount(drawn, minlength=bound), np.full(bound, COUNT / bound))
+@pytest.mark.parametrize("sigma", [*SMALL_SIGMAS, 1000, 12_345, LARGEST_SIGMA])
+def test_what_floating_point_decides_is_what_exact_arithmetic_decides(monkeypatch, sigma):
+    fast = discrete_gaussian(300, sigma=sigma, words=words_of(18))
+    undecided_by_floats(monkeypatch)
+    assert (discrete_gaussian(300, sigma=sigma, words=words_of(18)) == fast).all()
 
 
-@pytest.mark.parametrize(
-    ("numerator", "denominator"), [(0, 5), (1, 1), (1, 2), (2, 3), (5, 5), (7, 2), (31, 10), (4, 1)]
-)
-def test_coins_succeed_with_probability_exp_of_minus_the_fraction(numerator, denominator):
-    heads = module._bernoulli_exp(np.full(COUNT, numerator), denominator, words_of(numerator)).sum()
-    assert binomtest(int(heads), COUNT, math.exp(-numerator / denominator)).pvalue > FALSE_ALARM
+def exact_exp(numerator, denominator, bits):
+    """floor(2^bits exp(-numerator / denominator)), by 120 digits."""
+    with localcontext() as context:
+        context.prec = 120
+        return int((-Decimal(numerator) / Decimal(denominator)).exp() * (1 << bits))
 
 
-def test_coins_of_different_fractions_in_one_array_keep_their_own_probability():
-    numerators = np.tile(np.array([0, 1, 3, 8, 20]), COUNT // 5)
-    heads = module._bernoulli_exp(numerators, 8, words_of(8))
-    for numerator in (0, 1, 3, 8, 20):
-        own = heads[numerators == numerator]
-        assert binomtest(int(own.sum()), len(own), math.exp(-numerator / 8)).pvalue > FALSE_ALARM
+def fixed(word):
+    return lambda size: np.full(size, word, dtype=np.uint64)
 
 
-def test_the_geometric_counts_successes_of_probability_one_over_e():
-    drawn = module._geometric(COUNT, words_of(9))
-    most = 40
-    expected = COUNT * (1 - math.exp(-1)) * np.exp(-np.arange(most))
-    assert drawn.max() < most
-    assert chi_square_accepts(np.bincount(drawn, minlength=most), expected)
+LEAST, MOST = np.uint64(0), np.uint64(2**64 - 1)
 
 
-@pytest.mark.parametrize("scale", [1, 2, 7])
-def test_proposals_are_discrete_laplace(scale):
-    drawn = module._discrete_laplace(COUNT, scale, words_of(10))
-    support = np.arange(-60 * scale, 60 * scale + 1)
-    weights = np.exp(-np.abs(support) / scale)
-    observed = np.bincount(drawn + 60 * scale, minlength=len(support))
-    assert chi_square_accepts(observed, len(drawn) * weights / weights.sum())
+def coins_next_to_their_thresholds():
+    """For 200 numerators, the 44-bit number that the threshold cuts; the word that follows it decides."""
+    sigma = 1 << 20
+    numerators = np.linspace(1, 30 * sigma * sigma, 200).astype(np.int64)
+    cut = np.array([exact_exp(int(n), 2 * sigma * sigma, 44) for n in numerators], dtype=np.uint64)
+    for shift, following, expected in ((0, LEAST, True), (0, MOST, False), (-1, MOST, True), (1, LEAST, False)):
+        usable = cut.astype(np.int64) + shift >= 0
+        prefixes = (cut[usable].astype(np.int64) + shift).astype(np.uint64)
+        yield (module._coins(prefixes, numerators[usable], sigma, fixed(following)) == expected).all()
+
+
+def blocks_next_to_their_thresholds():
+    """The same for the 53-bit numbers that the first 300 blocks begin at."""
+    sigma = 1000
+    width = module._block_width(sigma)
+    cut = np.array([exact_exp(k * width, sigma, 53) for k in range(1, 300)], dtype=np.int64)
+    for shift, following, more in ((0, LEAST, 1), (0, MOST, 0), (-1, MOST, 1), (1, LEAST, 0)):
+        prefixes = (cut + shift).astype(np.uint64)
+        found = module._blocks(prefixes, width, sigma, fixed(following))
+        yield (found == np.arange(299) + more).all()
+
+
+def test_numbers_next_to_a_threshold_are_decided_by_the_bits_that_follow():
+    assert all(coins_next_to_their_thresholds())
+    assert all(blocks_next_to_their_thresholds())
 
 
 # Broken variants: the same test notices each.
+
+
+def test_margins_that_leave_out_the_undrawn_bits_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(module, "_COIN_MARGIN", -0.5)
+    monkeypatch.setattr(module, "_K_MARGIN", 0.0)
+    assert not all(coins_next_to_their_thresholds())
+    assert not all(blocks_next_to_their_thresholds())
 
 
 @pytest.mark.parametrize("sigma", [1, 2])
@@ -222,38 +235,48 @@ def test_a_rounded_normal_would_be_noticed(sigma):
     assert not is_the_discrete_gaussian(np.rint(normal).astype(np.int64), sigma)
 
 
-def test_draws_modulo_the_bound_without_rejection_would_be_noticed(monkeypatch):
-    """With bytes for words, where the bias is large; with 64-bit words no test of any length would see it."""
-
-    def biased(bound, size, words):
-        return ((words(size) & np.uint64(255)) % np.uint64(bound)).astype(np.int64)
-
-    monkeypatch.setattr(module, "_uniform_below", biased)
-    assert not is_the_discrete_gaussian(discrete_gaussian(COUNT, sigma=7, words=words_of(12)), 7)
-
-
-def test_a_one_sided_proposal_would_be_noticed(monkeypatch):
-    honest = module._discrete_laplace
-    monkeypatch.setattr(module, "_discrete_laplace", lambda *arguments: np.abs(honest(*arguments)))
+def test_a_one_sided_sampler_would_be_noticed(monkeypatch):
+    honest = module._propose
+    monkeypatch.setattr(module, "_propose", lambda *arguments: np.abs(honest(*arguments)))
     assert not is_the_discrete_gaussian(discrete_gaussian(COUNT, sigma=2, words=words_of(13)), 2)
 
 
 @pytest.mark.parametrize("sigma", [1, 2, 7])
 def test_a_second_zero_would_be_noticed(monkeypatch, sigma):
-    def two_zeros(size, scale, words):
-        low = module._uniform_below(scale, size, words)
-        low = low[module._bernoulli_exp_fraction(low, scale, words)]
-        magnitude = low + scale * module._geometric(low.size, words)
-        return np.where(module._uniform_below(2, low.size, words) == 1, -magnitude, magnitude)
+    """Both zeros kept: of the rejected attempts, those at magnitude 0 come back as often as they were accepted."""
+    honest = module._propose
 
-    monkeypatch.setattr(module, "_discrete_laplace", two_zeros)
+    def two_zeros(*arguments):
+        samples = honest(*arguments)
+        return np.concatenate([samples, np.zeros((samples == 0).sum(), dtype=np.int64)])
+
+    monkeypatch.setattr(module, "_propose", two_zeros)
     assert not is_the_discrete_gaussian(discrete_gaussian(COUNT, sigma=sigma, words=words_of(14)), sigma)
 
 
-def test_acceptance_without_the_square_would_be_noticed(monkeypatch):
-    """Proposals let through as they are: a discrete Laplace of the same scale."""
-    monkeypatch.setattr(module, "_propose", module._discrete_laplace)
+def test_acceptance_of_every_proposal_would_be_noticed(monkeypatch):
+    """Proposals let through as they are: nearly a discrete Laplace of the same scale."""
+    monkeypatch.setattr(module, "_coins", lambda prefixes, *_: np.ones(len(prefixes), dtype=np.bool_))
     assert not is_the_discrete_gaussian(discrete_gaussian(COUNT, sigma=7, words=words_of(15)), 7)
+
+
+def test_acceptance_that_forgets_the_place_in_the_block_would_be_noticed(monkeypatch):
+    """The paper's acceptance, without what one rejection for both takes on: m falls in steps of a block's width."""
+    honest, source, drawn = module._coins, words_of(19), {}
+
+    def remembering(size):
+        drawn["words"] = source(size)
+        return drawn["words"]
+
+    def forgetful(prefixes, numerators, sigma, words):
+        second = drawn["words"][len(prefixes) :]
+        low = (second & np.uint64(module._block_width(sigma) - 1)).astype(np.int64)
+        return honest(prefixes, numerators - 2 * sigma * low, sigma, source)
+
+    monkeypatch.setattr(module, "_coins", forgetful)
+    assert not is_the_discrete_gaussian(discrete_gaussian(5 * COUNT, sigma=50, words=remembering), 50)
+    monkeypatch.undo()
+    assert is_the_discrete_gaussian(discrete_gaussian(5 * COUNT, sigma=50, words=source), 50)
 
 
 @pytest.mark.slow
