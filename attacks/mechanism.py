@@ -36,6 +36,8 @@ from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy import SmallExample, clipped_sum
 
 FloatArray = npt.NDArray[np.float64]
+_SAMPLED = ("sampled_positions", "output_classes")
+"""What a step looks at only a sample of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,11 @@ class Observer:
 
     @classmethod
     def of(cls, config: RunConfig, small: SmallLM, *, noise_multiplier: float) -> Observer:
-        """The run's mechanism, one step at rate 1 on all of a record's tokens."""
+        """The run's mechanism, one step at rate 1 on all of a record's tokens, over the whole head."""
         one_step = config.model_copy(
             update={
                 "privacy": config.privacy.model_copy(update={"sampling_rate": 1.0}),
-                "training": config.training.model_copy(update={"local_steps": 1, "sampled_positions": None}),
+                "training": config.training.model_copy(update=dict.fromkeys(_SAMPLED, None) | {"local_steps": 1}),
             }
         )
         mechanism = build_mechanism(one_step, noise_multiplier=noise_multiplier, dimension=small.dimension)

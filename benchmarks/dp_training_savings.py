@@ -1,4 +1,4 @@
-"""What each way to save work saves: lower precision, kept activations, sampled positions; and what a head costs.
+"""What each way to save work saves (precision, kept activations, sampled positions and classes); what a head costs.
 
 Every row sums the clipped gradients of the same examples, one example a pass. Processor time, interleaved: all rows in
 every repetition, each time in another order; a ratio is the median over repetitions of the first row's time over this
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,18 @@ from dp_training_cases import CLIP_NORM, Case, build, make_examples
 from dp_training_measure import peak_of
 from torch.nn.functional import cross_entropy
 
-from fedpt_secure.lm.head_loss import head_loss
+from fedpt_secure.lm.head_loss import SampledHead, head_loss
+from fedpt_secure.lm.output_classes import OutputClasses, draw_classes
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.split import SplitLM, TrainingCompute, split_model
 from fedpt_secure.privacy import SampledPositions, SmallExample, clipped_sum
 
 CACHE_BYTES = 1 << 30
-VOCABULARIES = (8_192, 49_152)
+VOCABULARIES = (16_384, 49_152)
 """The built-in proxy's words, and those of the tokenizer it was trimmed from."""
 SAMPLED = 16
+CLASSES = 2048
+"""Of a sampled softmax."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Saving:
     dtype: torch.dtype = torch.float32
     kept: bool = False
     positions: int | None = None
+    classes: int | None = None
     whole: bool = False
 
 
@@ -56,6 +61,10 @@ SAVINGS = (
     Saving("+ kept, bfloat16, 32 positions", torch.bfloat16, kept=True, positions=32),
     Saving("+ kept, bfloat16, 16 positions", torch.bfloat16, kept=True, positions=16),
     Saving("+ kept, bfloat16, 8 positions", torch.bfloat16, kept=True, positions=8),
+    Saving(f"+ kept, bfloat16, {CLASSES:,} classes", torch.bfloat16, kept=True, classes=CLASSES),
+    Saving(
+        f"+ kept, bfloat16, 32 positions, {CLASSES:,} classes", torch.bfloat16, kept=True, positions=32, classes=CLASSES
+    ),
 )
 
 
@@ -67,7 +76,7 @@ def measure_savings(case: Case, on_repetition: Callable[[], None]) -> dict[str, 
     splits = {row.name: _split(small, row) for row in SAVINGS}
     exact, errors = _run(small, examples, SAVINGS[0], splits[SAVINGS[0].name]), {}
     for row in SAVINGS:
-        if row.positions is None:  # another loss otherwise
+        if row.positions is None and row.classes is None:  # another loss otherwise
             found = _run(small, examples, row, splits[row.name])
             errors[row.name] = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
         else:
@@ -109,16 +118,15 @@ def measure_heads(*, positions: int, width: int, repetitions: int) -> list[dict[
         low = weight.bfloat16()
         hidden = torch.randn(positions, width, generator=generator)
         targets = torch.randint(0, vocabulary, (positions,), generator=generator)
+        few = hidden[:SAMPLED], targets[:SAMPLED]
         ways: dict[str, Callable[[], None]] = {
-            "autograd, float32": lambda w=weight, h=hidden, t=targets: _autograd(h, w, t),
-            "blocks, float32": lambda w=weight, h=hidden, t=targets: _blocks(h, w, t),
-            "blocks, bfloat16": lambda w=low, h=hidden, t=targets: _blocks(h, w, t),
-            f"blocks, {SAMPLED} positions, float32": lambda w=weight, h=hidden[:SAMPLED], t=targets[:SAMPLED]: _blocks(
-                h, w, t
-            ),
-            f"blocks, {SAMPLED} positions, bfloat16": lambda w=low, h=hidden[:SAMPLED], t=targets[:SAMPLED]: _blocks(
-                h, w, t
-            ),
+            "autograd, float32": partial(_autograd, hidden, weight, targets),
+            "blocks, float32": partial(_blocks, hidden, weight, targets),
+            "blocks, bfloat16": partial(_blocks, hidden, low, targets),
+            f"blocks, {SAMPLED} positions, float32": partial(_blocks, few[0], weight, few[1]),
+            f"blocks, {SAMPLED} positions, bfloat16": partial(_blocks, few[0], low, few[1]),
+            f"blocks, {CLASSES:,} classes, bfloat16": partial(_sampled, hidden, low, targets),
+            f"blocks, {SAMPLED} positions, {CLASSES:,} classes, bfloat16": partial(_sampled, few[0], low, few[1]),
         }
         for name, way in ways.items():
             way()
@@ -177,7 +185,8 @@ def _split(small: SmallLM, row: Saving) -> SplitLM | None:
 def _run(small: SmallLM, examples: Sequence[SmallExample], row: Saving, split: SplitLM | None) -> Any:
     small.compute, small.split = TrainingCompute(row.dtype), split
     positions = None if row.positions is None else SampledPositions(row.positions, bytes(16))
-    return clipped_sum(small, examples, clip_norm=CLIP_NORM, positions=positions).vector
+    classes = None if row.classes is None else _draw(small.token_map.small_vocabulary_size, row.classes)
+    return clipped_sum(small, examples, clip_norm=CLIP_NORM, positions=positions, classes=classes).vector
 
 
 def _autograd(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
@@ -188,3 +197,14 @@ def _autograd(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
 def _blocks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
     hidden = hidden.detach().requires_grad_()
     torch.autograd.grad(head_loss(hidden, weight, targets), hidden)
+
+
+def _sampled(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
+    """The gathering of the classes included, which a step does once for all its examples."""
+    hidden = hidden.detach().requires_grad_()
+    head = SampledHead.of(weight, _draw(len(weight), CLASSES))
+    torch.autograd.grad(head_loss(hidden, weight, targets, head), hidden)
+
+
+def _draw(vocabulary: int, count: int) -> OutputClasses:
+    return draw_classes(np.arange(vocabulary), count, key=bytes(16))

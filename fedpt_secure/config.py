@@ -340,6 +340,9 @@ class TrainingConfig(Settings):
     block; default: every round trains all."""
     sampled_positions: Count | None = None
     """Most loss tokens of a record that a step looks at, chosen by the client, anew in each; default: all of them."""
+    output_classes: Annotated[int, Field(ge=2)] | None = None
+    """Classes that a step's softmax is over, beside each token's own: the most frequent half by public text, the rest
+    a sample, drawn by the client anew in each step (docs/dp_training.md); default: the whole head."""
     server_optimizer: Literal["average", "momentum", "adam"] = "adam"
     """What the server makes of the mean update (post-processing): FedAvg, FedAvgM or FedAdam (Reddi et al. 2021)."""
     server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 0.05

@@ -113,6 +113,7 @@ class LocalMechanism(RoundMechanism):
             normaliser=training.normaliser,
             learning_rate=training.local_learning_rate,
             positions=training.sampled_positions,
+            classes=training.output_classes,
         )
         self._encoding = FixedPointEncoding(
             ring_bits=federation.ring_bits, bound=training.update_bound, cohort=federation.agreed_cohort
@@ -186,6 +187,7 @@ class RingNoiseMechanism(RoundMechanism):
                 noise=noise,
                 quantile=self._quantile,
                 positions=training.sampled_positions,
+                classes=training.output_classes,
                 part=part,
             )
         else:
@@ -197,6 +199,7 @@ class RingNoiseMechanism(RoundMechanism):
                 noise=noise,
                 quantile=self._quantile,
                 positions=training.sampled_positions,
+                classes=training.output_classes,
                 part=part,
             )
         return self.ring.encode(vector, noise)

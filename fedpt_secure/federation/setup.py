@@ -15,6 +15,7 @@ from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.lm.devices import resolve_device
 from fedpt_secure.lm.large_weights import LargeWeights, resolve_endpoint, resolve_large
+from fedpt_secure.lm.output_classes import rank_classes
 from fedpt_secure.lm.small import BUILTIN, BaseLM, SmallLM, builtin_directory, load_base
 from fedpt_secure.lm.split import TrainingCompute, training_dtype
 from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
@@ -124,17 +125,20 @@ def load_public_text(tokenizer: TextTokenizer, *, context_length: int) -> Public
     Raises:
         ModelError: the file is missing.
     """
+    sequences = [
+        (tokenizer.separator_id, *tokenizer.ids(passage)[: context_length - 1])
+        for passage in _public_passages()[:PUBLIC_PASSAGES]
+    ]
+    return PublicText("sampled from SmolLM2-135M-Instruct (Apache-2.0)", tuple(sequences))
+
+
+def _public_passages() -> list[str]:
     path = builtin_directory() / "public_text.txt"
     try:
         passages = path.read_text(encoding="utf-8").split(PASSAGE_SEPARATOR)
     except OSError as error:
         raise ModelError(f"the built-in public text is damaged: {error}", hint="reinstall fedpt-secure") from None
-    sequences = [
-        (tokenizer.separator_id, *tokenizer.ids(passage.strip())[: context_length - 1])
-        for passage in passages[:PUBLIC_PASSAGES]
-        if passage.strip()
-    ]
-    return PublicText("sampled from SmolLM2-135M-Instruct (Apache-2.0)", tuple(sequences))
+    return [passage.strip() for passage in passages if passage.strip()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +160,8 @@ def load_training_models(config: RunConfig, *, cache: Cache, progress: Progress)
     vocabulary = Vocabulary.from_tokenizer(backend)
     base = load_base(config.models.small, vocabulary)
     _check_contexts(config.models.context_length, base, None, None)
-    small = _small(config, base, resolve_device(config.models.device))
-    return TrainingModels(TextTokenizer(backend, separator_id=vocabulary.separator_id), small)
+    tokenizer = TextTokenizer(backend, separator_id=vocabulary.separator_id)
+    return TrainingModels(tokenizer, _small(config, base, tokenizer, resolve_device(config.models.device)))
 
 
 def _tokenizer_folder(config: RunConfig, cache: Cache, progress: Progress) -> Path:
@@ -172,11 +176,18 @@ def _tokenizer_folder(config: RunConfig, cache: Cache, progress: Progress) -> Pa
     return resolve_large(config.models.large, cache=cache, progress=progress).path
 
 
-def _small(config: RunConfig, base: BaseLM, device: torch.device) -> SmallLM:
+def _small(config: RunConfig, base: BaseLM, tokenizer: TextTokenizer, device: torch.device) -> SmallLM:
     compute = TrainingCompute(
         training_dtype(config.models.training_dtype, device), config.models.activation_cache_mb * 1_000_000
     )
-    return SmallLM(base, config.lora, seed=config.seed, device=device, compute=compute)
+    classes, ranking = config.training.output_classes, None
+    if classes is not None:
+        token_map = base.token_map
+        public = (token_map.to_small(tokenizer.ids(passage)) for passage in _public_passages())
+        ranking = rank_classes(public, token_map.small_vocabulary_size)
+    small = SmallLM(base, config.lora, seed=config.seed, device=device, compute=compute, class_ranking=ranking)
+    small.output_classes(classes, key=b"")  # one that cannot be trained so is refused now, not in a client's round
+    return small
 
 
 def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunModels:
@@ -200,7 +211,7 @@ def load_models(config: RunConfig, *, cache: Cache, progress: Progress) -> RunMo
     if endpoint is not None:
         source = connect(endpoint, config.api, vocabulary, tokenizer, tokenizer_folder=weights.path, progress=progress)
     _check_contexts(config.models.context_length, base, weights, source)
-    small = _small(config, base, device)
+    small = _small(config, base, tokenizer, device)
     return RunModels(
         tokenizer=tokenizer,
         vocabulary=vocabulary,

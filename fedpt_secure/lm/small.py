@@ -22,6 +22,7 @@ from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.lm.compact_weights import expanded
 from fedpt_secure.lm.directions import FILE as DIRECTIONS_FILE
 from fedpt_secure.lm.directions import Directions
+from fedpt_secure.lm.output_classes import OutputClasses, Ranking, draw_classes
 from fedpt_secure.lm.part import TrainedPart
 from fedpt_secure.lm.split import EXACT_COMPUTE, SplitLM, TrainingCompute, layer_of, split_model
 from fedpt_secure.lm.token_map import TokenMap
@@ -72,11 +73,13 @@ class SmallLM:
         seed: int,
         device: torch.device,
         compute: TrainingCompute = EXACT_COMPUTE,
+        class_ranking: Ranking | None = None,
     ) -> None:
         """Attach a fresh adapter.
 
         Args:
             compute: how gradients are computed.
+            class_ranking: of the head's classes by public text, for training by a sampled softmax.
 
         Raises:
             ConfigError: the base has none of the modules, or fewer layers, than the settings name.
@@ -111,6 +114,7 @@ class SmallLM:
         self.model.eval()
         self.device = device
         self.compute = compute
+        self._class_ranking = class_ranking
         self.token_map = base.token_map
         self.name = base.name
         self._trainable = sorted(
@@ -167,6 +171,23 @@ class SmallLM:
             names = [name for name in self.trained_names if layer_of(name) in part.layers]
             self._splits_of_parts[part.layers] = split_model(self.model, names, self.compute)
         return self._splits_of_parts[part.layers]
+
+    def output_classes(self, count: int | None, *, key: bytes) -> OutputClasses | None:
+        """A step's classes for a sampled softmax (`lm.output_classes`); None for None: all of them.
+
+        Raises:
+            ConfigError: it has no ranking, cannot be cut, or has no more classes than are asked for.
+        """
+        if count is None:
+            return None
+        classes = self.token_map.small_vocabulary_size
+        if self._class_ranking is None or self.split is None or not 2 <= count < classes:
+            raise ConfigError(
+                f"training.output_classes is {count}; it must be at least 2 and below the {classes} classes of a small "
+                "LM of the Llama kind, ranked by public text",
+                hint="leave it out to train with the whole head",
+            )
+        return draw_classes(self._class_ranking, count, key=key)
 
     def forget(self, ids: tuple[int, ...], loss_from: int) -> None:
         """Drop the activations that are kept of an example (`split.SplitLM`); nothing but memory changes."""

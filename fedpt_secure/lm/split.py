@@ -24,7 +24,8 @@ from peft import PeftModel
 from torch import nn
 
 from fedpt_secure.errors import ConfigError
-from fedpt_secure.lm.head_loss import head_loss
+from fedpt_secure.lm.head_loss import SampledHead, head_loss
+from fedpt_secure.lm.output_classes import OutputClasses
 
 SPLITTABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose model is embeddings, layers, a norm and a linear head, and whose layers end in `h + mlp(norm(h))`."""
@@ -124,6 +125,7 @@ class SplitLM:
         self._frozen_part: _Frozen | None = None
         self._cache: dict[tuple[tuple[int, ...], int], Activations] = {}
         self._cached_bytes = 0
+        self._sampled: tuple[OutputClasses, _Frozen, SampledHead] | None = None
 
     @property
     def cached_bytes(self) -> int:
@@ -141,13 +143,16 @@ class SplitLM:
         if kept is not None:
             self._cached_bytes -= kept.nbytes
 
-    def loss(self, ids: tuple[int, ...], loss_from: int, rows: torch.Tensor) -> torch.Tensor:
+    def loss(
+        self, ids: tuple[int, ...], loss_from: int, rows: torch.Tensor, classes: OutputClasses | None = None
+    ) -> torch.Tensor:
         """Mean negative log-likelihood (nats per token) over some of an example's predictions.
 
         Args:
             ids: token ids of one example.
             loss_from: first position that may be predicted with loss.
             rows: int64 [n]; row i stands for the prediction of position `loss_from + i`.
+            classes: what the softmax is over, beside each prediction's own class; all if None.
         """
         frozen = self._refreshed()
         activations = self._activations(frozen, ids, loss_from)
@@ -167,7 +172,14 @@ class SplitLM:
             self._last.rows = loss_from - 1 + rows
             with torch.autocast(hidden.device.type, self._compute.dtype, enabled=self._lower):
                 judged = self._above(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        return head_loss(judged[0].float(), frozen.head_weight, targets)
+        sampled = None if classes is None else self._sampled_head(frozen, classes)
+        return head_loss(judged[0].float(), frozen.head_weight, targets, sampled)
+
+    def _sampled_head(self, frozen: _Frozen, classes: OutputClasses) -> SampledHead:
+        """Gathered once for all examples of a step."""
+        if self._sampled is None or self._sampled[0] is not classes or self._sampled[1] is not frozen:
+            self._sampled = classes, frozen, SampledHead.of(frozen.head_weight, classes)
+        return self._sampled[2]
 
     @property
     def _lower(self) -> bool:

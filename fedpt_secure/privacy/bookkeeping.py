@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from fedpt_secure.errors import PrivacyError
+from fedpt_secure.lm.output_classes import OutputClasses
 from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.examples import SampledPositions, SmallExample, example_loss, example_losses
@@ -29,7 +30,11 @@ ExampleGradients = Callable[[Sequence[SmallExample]], torch.Tensor]
 
 @contextmanager
 def bookkeeping_gradients(
-    small: SmallLM, *, positions: SampledPositions | None = None, part: TrainedPart = WHOLE
+    small: SmallLM,
+    *,
+    positions: SampledPositions | None = None,
+    classes: OutputClasses | None = None,
+    part: TrainedPart = WHOLE,
 ) -> Iterator[ExampleGradients]:
     """Yield the function; on leaving, the model is as it was.
 
@@ -37,6 +42,7 @@ def bookkeeping_gradients(
 
     Args:
         positions: the loss tokens that count; all of them if None.
+        classes: what the softmax is over (`lm.output_classes`), for one example a pass alone; all of them if None.
         part: what is trained; gradients are 0 elsewhere, and nothing is differentiated below its lowest layer.
 
     Raises:
@@ -66,7 +72,7 @@ def bookkeeping_gradients(
     def compute(batch: Sequence[SmallExample]) -> torch.Tensor:
         gradients.clear()
         if len(batch) == 1:
-            loss = example_loss(small, batch[0], positions=positions, part=part)
+            loss = example_loss(small, batch[0], positions=positions, classes=classes, part=part)
         else:
             loss = example_losses(small, batch, positions=positions).sum()
         torch.autograd.backward(loss)

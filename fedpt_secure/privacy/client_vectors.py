@@ -16,7 +16,7 @@ from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.adaptive_clipping import QuantileClipping
 from fedpt_secure.privacy.clipped_sum import clipped_sum
-from fedpt_secure.privacy.examples import SampledPositions, SmallExample
+from fedpt_secure.privacy.examples import SampledPositions, SmallExample, drawn_classes
 from fedpt_secure.privacy.noise import NoiseSource
 
 FloatArray = npt.NDArray[np.float64]
@@ -33,6 +33,7 @@ def sampled_gradient_sum(
     noise: NoiseSource,
     quantile: QuantileClipping | None = None,
     positions: int | None = None,
+    classes: int | None = None,
     part: TrainedPart = WHOLE,
 ) -> FloatArray:
     """Mode `distributed`: the sum of clipped gradients over a Poisson sample; the unit is a record.
@@ -40,6 +41,7 @@ def sampled_gradient_sum(
     Args:
         sampling_rate: public probability with which each record takes part, independently.
         positions: most loss tokens of a record that are looked at, chosen by the client; all of them if None.
+        classes: that the softmax is over, drawn by the client (`lm.output_classes`); all of them if None.
         part: what is trained, a public choice; the vector is 0 elsewhere.
 
     Returns [d], or [d + 1] with the indicators' sum last. **Private.**
@@ -50,6 +52,7 @@ def sampled_gradient_sum(
         [examples[int(index)] for index in chosen],
         clip_norm=clip_norm,
         positions=SampledPositions.draw(positions, noise),
+        classes=drawn_classes(small, classes, noise),
         part=part,
     )
     return _with_indicator(result.vector / clip_norm, result.norms, clip_norm, quantile)
@@ -66,6 +69,7 @@ def clipped_client_update(
     noise: NoiseSource,
     quantile: QuantileClipping | None = None,
     positions: int | None = None,
+    classes: int | None = None,
     part: TrainedPart = WHOLE,
 ) -> FloatArray:
     """Mode `client`: the client's whole update after full-batch gradient steps, clipped; the unit is the client.
@@ -80,6 +84,7 @@ def clipped_client_update(
     Args:
         sampling_rate: public probability with which the client contributes.
         positions: most loss tokens of a record that a step looks at, chosen anew in each; all of them if None.
+        classes: that a step's softmax is over, drawn anew in each; all of them if None.
         part: what is trained, a public choice; the vector is 0 elsewhere.
 
     Returns [d], or [d + 1] with the indicator last. **Private.**
@@ -88,8 +93,14 @@ def clipped_client_update(
     moved = np.zeros(small.dimension)
     try:
         for _ in range(steps):
-            chosen = SampledPositions.draw(positions, noise)
-            total = clipped_sum(small, examples, clip_norm=math.inf, positions=chosen, part=part)
+            total = clipped_sum(
+                small,
+                examples,
+                clip_norm=math.inf,
+                positions=SampledPositions.draw(positions, noise),
+                classes=drawn_classes(small, classes, noise),
+                part=part,
+            )
             moved -= learning_rate / max(1, len(examples)) * total.vector
             if not np.abs(before + moved).max() <= _LARGEST_ENTRY:
                 moved = np.zeros(small.dimension)

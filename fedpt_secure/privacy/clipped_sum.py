@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from fedpt_secure.errors import PrivacyError
+from fedpt_secure.lm.output_classes import OutputClasses
 from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.bookkeeping import bookkeeping_gradients
@@ -57,6 +58,7 @@ def clipped_sum(
     method: Method = "bookkeeping",
     examples_per_pass: int = 1,
     positions: SampledPositions | None = None,
+    classes: OutputClasses | None = None,
     part: TrainedPart = WHOLE,
 ) -> ClippedSum:
     """Sum the examples' gradients at the loaded adapter, each scaled down to `clip_norm` where it is longer.
@@ -82,12 +84,14 @@ def clipped_sum(
             comparison. `ghost` sums in float32, so that its guarantee holds up to rounding.
         examples_per_pass: examples in one forward pass; where the assumption is to be had by construction, 1.
         positions: the loss tokens of an example that count in this step; all of them if None.
+        classes: what this step's softmax is over (`lm.output_classes`), drawn without a look at the examples, for
+            `bookkeeping` of one example a pass alone; all of them if None.
         part: what is trained, for `bookkeeping` alone; the sum is 0 elsewhere, and an example's norm is over the part.
 
     Raises:
         PrivacyError: `clip_norm` is not a positive number within float32's range, the method is unknown or a pass
             has no examples, passes in bfloat16 would be shared, there are more examples than the grid can sum, another
-            method would sum a part, or a model whose layers do not keep examples apart.
+            method would sum a part or sample classes, or a model whose layers do not keep examples apart.
     """
     if not clip_norm >= _SMALLEST_CLIP_NORM:
         raise PrivacyError(f"clip_norm is {clip_norm}, must be at least {_SMALLEST_CLIP_NORM:g}")
@@ -105,6 +109,8 @@ def clipped_sum(
         )
     if part != WHOLE and method != "bookkeeping":
         raise PrivacyError(f"method {method!r} sums gradients of whole adapters only")
+    if classes is not None and (method != "bookkeeping" or examples_per_pass > 1):
+        raise PrivacyError("a sampled softmax is for book-keeping of one example a pass")
     total = _GridSum(small.dimension, clip_norm)
     norms = np.zeros(len(examples))
     if method == "ghost":
@@ -114,7 +120,7 @@ def clipped_sum(
                 total.add_floats(scaled)
     else:
         way = (
-            bookkeeping_gradients(small, positions=positions, part=part)
+            bookkeeping_gradients(small, positions=positions, classes=classes, part=part)
             if method == "bookkeeping"
             else hook_gradients(small, positions=positions)
         )

@@ -22,7 +22,7 @@ from fedpt_secure.errors import PrivacyError
 from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.clipped_sum import clipped_sum
-from fedpt_secure.privacy.examples import SampledPositions, SmallExample
+from fedpt_secure.privacy.examples import SampledPositions, SmallExample, drawn_classes
 from fedpt_secure.privacy.noise import NoiseSource
 
 
@@ -38,6 +38,7 @@ class DpSgdSettings:
         normaliser: constant that the noised sum is divided by; must not be derived from the data.
         learning_rate: of the plain SGD step.
         positions: most loss tokens of an example that a step looks at, chosen anew in each; all of them if None.
+        classes: that a step's softmax is over, drawn anew in each (`lm.output_classes`); all of them if None.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class DpSgdSettings:
     normaliser: float
     learning_rate: float
     positions: int | None = None
+    classes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ def train_locally(
                 [examples[int(index)] for index in chosen],
                 clip_norm=settings.clip_norm,
                 positions=SampledPositions.draw(settings.positions, noise),
+                classes=drawn_classes(small, settings.classes, noise),
                 part=part,
             )
             # Also where nobody was sampled: the step must look like any other, noise and all.

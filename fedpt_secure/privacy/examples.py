@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedpt_secure.errors import PrivacyError
+from fedpt_secure.lm.output_classes import OutputClasses
 from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.noise import NoiseSource
@@ -63,6 +65,18 @@ class SampledPositions:
         return np.sort(chosen)
 
 
+def drawn_classes(small: SmallLM, count: int | None, noise: NoiseSource) -> OutputClasses | None:
+    """A step's classes of a sampled softmax; None, without a draw, where the whole head counts.
+
+    Like a choice of positions, it depends on the key alone: an example's gradient is still a function of the weights
+    and of that example, for every value of the key, which may be known to anybody.
+
+    Raises:
+        ConfigError: the small LM cannot be trained so.
+    """
+    return None if count is None else small.output_classes(count, key=noise.random_bytes(16))
+
+
 def example_losses(
     small: SmallLM, batch: Sequence[SmallExample], *, positions: SampledPositions | None = None
 ) -> torch.Tensor:
@@ -91,18 +105,29 @@ def example_losses(
 
 
 def example_loss(
-    small: SmallLM, example: SmallExample, *, positions: SampledPositions | None = None, part: TrainedPart = WHOLE
+    small: SmallLM,
+    example: SmallExample,
+    *,
+    positions: SampledPositions | None = None,
+    classes: OutputClasses | None = None,
+    part: TrainedPart = WHOLE,
 ) -> torch.Tensor:
     """The same of one example by itself, computed as `small.compute` says and no more of it than its gradient needs.
 
     Where the model can be cut (`lm.split`), only its upper half runs again, and its head only at the tokens that count.
 
     Args:
+        classes: what the softmax is over, beside each prediction's own class; all if None.
         part: what is trained; the loss is differentiable in the rest too only above the part's lowest layer.
+
+    Raises:
+        PrivacyError: classes are given and the model cannot be cut.
     """
     split = small.split_for(part)
     if split is not None:
         rows = np.arange(len(example.ids) - example.loss_from) if positions is None else positions.of(example)
-        return split.loss(example.ids, example.loss_from, torch.from_numpy(rows).to(small.device))
+        return split.loss(example.ids, example.loss_from, torch.from_numpy(rows).to(small.device), classes)
+    if classes is not None:
+        raise PrivacyError("a sampled softmax needs a small LM that can be cut (`lm.split.SPLITTABLE`)")
     with torch.autocast(small.device.type, small.compute.dtype, enabled=small.compute.dtype != torch.float32):
         return example_losses(small, [example], positions=positions).sum()

@@ -8,14 +8,15 @@ import pytest
 
 from fedpt_secure.config import RunConfig, build
 from fedpt_secure.data import Cache
-from fedpt_secure.errors import ModelError
+from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.federation.setup import load_training_models
 from fedpt_secure.lm.small import builtin_directory
 from fedpt_secure.progress import SILENT
 
 
-def load(models, cache):
-    config = build(RunConfig, {"models": {"context_length": 12, "device": "cpu", **models}, "lora": {"rank": 2}})
+def load(models, cache, **training):
+    models = {"context_length": 12, "device": "cpu", **models}
+    config = build(RunConfig, {"models": models, "lora": {"rank": 2}, "training": training})
     return load_training_models(config, cache=Cache(cache), progress=SILENT)
 
 
@@ -55,3 +56,15 @@ def test_the_built_in_proxys_map_follows_the_same_tokens_under_other_ids(tmp_pat
     swapped = load({"small": "builtin", "large": str(folder)}, tmp_path / "cache").small.token_map.small_of_large
     assert plain[1000] != plain[1001]
     assert swapped[[1000, 1001]].tolist() == plain[[1001, 1000]].tolist()
+
+
+def test_a_sampled_softmax_takes_the_classes_that_public_text_has_most_of(tiny_models, tmp_path):
+    models = load({"small": tiny_models["small"]}, tmp_path / "cache", output_classes=200)
+    drawn = models.small.output_classes(200, key=bytes(16)).rows[:100].tolist()
+    common = models.small.token_map.to_small(models.tokenizer.ids(" the of and a to in is"))
+    assert set(common) <= set(drawn)
+
+
+def test_more_classes_than_there_are_are_refused_before_anything_is_trained(tiny_models, tmp_path):
+    with pytest.raises(ConfigError, match=r"output_classes is 999999; it must be at least 2 and below"):
+        load({"small": tiny_models["small"]}, tmp_path / "cache", output_classes=999_999)

@@ -18,7 +18,9 @@ from fedpt_secure.privacy import (
     DpSgdSettings,
     InsecureDeterministicRandom,
     SampledPositions,
+    SecureRandom,
     SmallExample,
+    clipped_client_update,
     clipped_sum,
     example_losses,
     sampled_gradient_sum,
@@ -36,7 +38,7 @@ ADAPTERS = {"last down_proj": (1, ("down_proj",)), "all of both layers": (0, ("q
 POSITIONS = {"all": None, "sampled": SampledPositions(4, b"a key of 16 byte")}
 
 
-def small_lm(compute: TrainingCompute, adapter: str = "last down_proj") -> SmallLM:
+def small_lm(compute: TrainingCompute, adapter: str = "last down_proj", **settings) -> SmallLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -50,7 +52,7 @@ def small_lm(compute: TrainingCompute, adapter: str = "last down_proj") -> Small
     layers, modules = ADAPTERS[adapter]
     base = BaseLM(LlamaForCausalLM(config), TokenMap.identity(VOCABULARY), "tiny")
     lora = LoraSettings(rank=2, layers=layers, modules=modules)
-    small = SmallLM(base, lora, seed=0, device=torch.device("cpu"), compute=compute)
+    small = SmallLM(base, lora, seed=0, device=torch.device("cpu"), compute=compute, **settings)
     small.load_adapter_vector(np.random.default_rng(0).normal(0, 0.1, small.dimension).astype(np.float32))
     return small
 
@@ -111,6 +113,79 @@ def test_a_choice_of_positions_that_looks_at_other_records_moves_more_than_one_c
         shared = np.random.default_rng(0)
         sums.append(clipped_sum(small, world, clip_norm=CLIP_NORM, positions=few).vector)
     assert np.linalg.norm(sums[0] - sums[1]) > CLIP_NORM
+
+
+def sampled_head_lm(compute, adapter="last down_proj"):
+    """`small_lm` with a ranking, so that its head can be sampled."""
+    return small_lm(compute, adapter, class_ranking=np.arange(VOCABULARY))
+
+
+@pytest.mark.parametrize("compute", COMPUTES.values(), ids=COMPUTES)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_under_a_sampled_softmax_one_record_moves_the_sum_by_its_own_clipped_gradient_to_the_last_bit(adapter, compute):
+    data = examples(8)
+
+    def total(records):
+        small = sampled_head_lm(compute, adapter)
+        classes = small.output_classes(VOCABULARY // 2, key=bytes(16))
+        return clipped_sum(small, records, clip_norm=CLIP_NORM, classes=classes).vector
+
+    whole = total(data)
+    assert not np.array_equal(whole, clipped_sum(small_lm(compute, adapter), data, clip_norm=CLIP_NORM).vector)
+    for index, example in enumerate(data[:4]):
+        moved = whole - total(data[:index] + data[index + 1 :])
+        assert np.array_equal(moved, total([example]))
+        assert 0 < np.linalg.norm(moved) <= CLIP_NORM
+
+
+def test_a_choice_of_classes_that_looks_at_the_records_moves_more_than_one_clipped_gradient():
+    """The broken variant: the draw keyed by the records, so that a record's arrival moves the others' gradients."""
+    small, data = sampled_head_lm(TrainingCompute()), examples(60)
+    sums = []
+    for world in (data, data[1:]):
+        classes = small.output_classes(4, key=bytes(repr(world), "utf-8"))
+        sums.append(clipped_sum(small, world, clip_norm=CLIP_NORM, classes=classes).vector)
+    assert np.linalg.norm(sums[0] - sums[1]) > CLIP_NORM
+
+
+def test_each_step_draws_its_own_classes(monkeypatch):
+    small, seen = sampled_head_lm(TrainingCompute()), []
+    honest = SmallLM.output_classes
+
+    def watched(self, count, *, key):
+        seen.append((count, key))
+        return honest(self, count, key=key)
+
+    monkeypatch.setattr(SmallLM, "output_classes", watched)
+    data, noise = examples(3), SecureRandom()
+    settings = DpSgdSettings(
+        steps=3, sampling_rate=1.0, clip_norm=1.0, noise_multiplier=1.0, normaliser=1.0, learning_rate=0.1, classes=4
+    )
+    train_locally(small, data, settings, noise=noise)
+    sampled_gradient_sum(small, data, sampling_rate=1.0, clip_norm=1.0, noise=noise, classes=4)
+    clipped_client_update(
+        small, data, sampling_rate=1.0, steps=2, learning_rate=0.1, clip_norm=1.0, noise=noise, classes=4
+    )
+    assert [count for count, _ in seen] == [4] * 6
+    assert len({key for _, key in seen}) == 6
+
+
+@pytest.mark.parametrize("count", [0, 1, VOCABULARY, VOCABULARY + 1])
+def test_numbers_of_classes_that_are_no_sample_are_refused(count):
+    with pytest.raises(ConfigError, match=f"output_classes is {count}"):
+        sampled_head_lm(TrainingCompute()).output_classes(count, key=b"")
+
+
+def test_a_small_lm_without_a_ranking_is_refused_where_classes_are_asked_for():
+    with pytest.raises(ConfigError, match="ranked by public text"):
+        small_lm(TrainingCompute()).output_classes(4, key=b"")
+
+
+@pytest.mark.parametrize("way", [{"method": "hooks"}, {"method": "ghost"}, {"examples_per_pass": 2}])
+def test_ways_that_would_ignore_the_classes_are_refused(way):
+    small = sampled_head_lm(TrainingCompute())
+    with pytest.raises(PrivacyError, match="sampled softmax"):
+        clipped_sum(small, examples(2), clip_norm=1.0, classes=small.output_classes(4, key=b""), **way)
 
 
 @pytest.mark.parametrize("method", ["bookkeeping", "hooks", "ghost"])
