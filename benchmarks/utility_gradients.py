@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fedpt_secure.lm.head_loss import SampledHead, head_loss
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy import SmallExample
 
@@ -46,6 +47,7 @@ class RecordSums:
         causal: Any = small.model.get_base_model()
         self._backbone, self._head = causal.model, causal.lm_head.weight.detach()
         self._head_lower = self._head.to(dtype)
+        self._sampled: SampledHead | None = None
         self._layers = _trained_layers(small)
         width = max(len(example.ids) for example in examples)
         ids = np.zeros((len(examples), width), dtype=np.int64)
@@ -59,13 +61,20 @@ class RecordSums:
         self._kept = self._run_below() if self._through else None
 
     def sum(
-        self, chosen: npt.NDArray[np.int64], *, clip_norm: float, positions: int | None, generator: torch.Generator
+        self,
+        chosen: npt.NDArray[np.int64],
+        *,
+        clip_norm: float,
+        positions: int | None,
+        classes: int | None = None,
+        generator: torch.Generator,
     ) -> tuple[Vector, Vector]:
         """Sum of the chosen records' gradients, each clipped; and their norms before that.
 
         Args:
             clip_norm: inf does not clip.
             positions: at most so many of a record's loss tokens count, uniformly drawn anew; None for all.
+            classes: of a sampled softmax, drawn anew for every pass, as clients do for every step; None for all.
             generator: of the draws, on the small LM's device.
 
         Returns: float64 `[d]`, in the order of `SmallLM.adapter_vector`; float64 `[chosen]`.
@@ -74,6 +83,7 @@ class RecordSums:
         norms = []
         for start in range(0, len(chosen), self._at_once):
             records = torch.from_numpy(chosen[start : start + self._at_once]).to(self._small.device)
+            self._sampled = self._sampled_head(classes, generator)
             gradients = self._gradients(records, *self._drawn(records, positions, generator))
             squares = sum(gradient.flatten(1).double().square().sum(1) for gradient in gradients)
             norm = torch.as_tensor(squares).sqrt()
@@ -139,9 +149,25 @@ class RecordSums:
         at = (self._loss_from[records] - 1)[:, None] + rows
         return hidden.gather(1, at.clamp(max=ids.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])).float()
 
+    def _sampled_head(self, classes: int | None, generator: torch.Generator) -> SampledHead | None:
+        if classes is None:
+            return None
+        key = torch.randint(256, (16,), generator=generator, device=generator.device).tolist()
+        drawn = self._small.output_classes(classes, key=bytes(key))
+        return None if drawn is None else SampledHead.of(self._head_lower, drawn)
+
     @torch.no_grad()
     def _head_gradient(self, judged: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         gradient = torch.empty_like(judged)
+        if self._sampled is not None:
+            # The head's loss is a mean over its rows: each row's own gradient is what is weighted here.
+            with torch.enable_grad():
+                for start in range(0, len(judged), _HEAD_ROWS):
+                    rows = judged[start : start + _HEAD_ROWS].clone().requires_grad_()
+                    loss = head_loss(rows, self._head_lower, targets[start : start + _HEAD_ROWS], self._sampled)
+                    (own,) = torch.autograd.grad(loss * len(rows), rows)
+                    gradient[start : start + _HEAD_ROWS] = own * weights[start : start + _HEAD_ROWS, None]
+            return gradient
         for start in range(0, len(judged), _HEAD_ROWS):
             part = slice(start, start + _HEAD_ROWS)
             difference = torch.softmax((judged[part].to(self._dtype) @ self._head_lower.T).float(), dim=1)

@@ -28,7 +28,7 @@ ALL_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 COMMON: Mapping[str, Any] = {
     "privacy": {"mode": "distributed"},
     "lora": {"rank": 256},
-    "training": {"sampled_positions": 32, "server_learning_rate": 0.02},
+    "training": {"sampled_positions": 32, "output_classes": 2048, "server_learning_rate": 0.02},
     "models": {"activation_cache_mb": 3072},
 }
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from utility_ceiling import EVALUATION_RECORDS
 from utility_gradients import RecordSums
-from utility_recipe import Recipe, Scale
+from utility_recipe import COMMON, Recipe, Scale
 
 from fedpt_secure.config import RunConfig, build, overlay
 from fedpt_secure.data import Cache, FederatedText, load_federated_text
@@ -54,6 +54,7 @@ class Case:
 
     Attributes:
         lora: what of the run's `[lora]` differs.
+        classes: of a sampled softmax; None for the whole head.
         mode: whose noise there is, and what is protected.
         scale: rounds, clients and records of a round; None for those that the noise gives.
         rounds, records: how many times the scale's; records are those of a round.
@@ -72,6 +73,7 @@ class Case:
     clip_norm: float = 0.1
     quantile: float | None = None
     positions: int | None = 32
+    classes: int | None = None
     scale: Scale | None = None
     rounds: float = 1.0
     records: float = 1.0
@@ -90,6 +92,7 @@ class Case:
             recipe.departures.get("lora", {}),
             learning_rate=training["server_learning_rate"],
             positions=training["sampled_positions"],
+            classes=training["output_classes"],
             scale=recipe.scale,
             warm_up=training.get("server_warm_up", 0),
             cool_down=training.get("server_cool_down", 0.0),
@@ -189,7 +192,9 @@ class Simulation:
 
     def __init__(self, settings: Mapping[str, Any], split_seed: int, progress: Progress) -> None:
         """Load them."""
-        self._settings = overlay(settings, {"seed": split_seed})
+        # So that the head's classes are ranked; how many a step takes is the case's.
+        ranked = {"output_classes": COMMON["training"]["output_classes"]}
+        self._settings = overlay(settings, {"seed": split_seed, "training": ranked})
         self.config = build(RunConfig, self._settings)
         self._text = load_federated_text(self.config.data, seed=split_seed, cache=Cache(), progress=progress)
         self._records = held_out_records(self._text, split_seed)
@@ -252,7 +257,7 @@ class Simulation:
             case.optimizer, learning_rate=case.learning_rate, momentum=0.9, dimension=small.dimension
         )
         average = IterateAverage.fresh(case.decay, dimension=small.dimension)
-        asked: dict[str, Any] = {"positions": case.positions, "generator": generator}
+        asked: dict[str, Any] = {"positions": case.positions, "classes": case.classes, "generator": generator}
         with progress.task("rounds", len(run.schedule)) as task:
             for index, cohort in enumerate(run.schedule):
                 small.load_adapter_vector(weights)

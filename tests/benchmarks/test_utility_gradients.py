@@ -43,7 +43,8 @@ def small_lm(adapter):
         max_position_embeddings=64,
     )
     base = BaseLM(LlamaForCausalLM(config), TokenMap.identity(VOCABULARY), "tiny")
-    small = SmallLM(base, LoraSettings(**ADAPTERS[adapter]), seed=0, device=torch.device("cpu"))
+    ranking = np.arange(VOCABULARY)
+    small = SmallLM(base, LoraSettings(**ADAPTERS[adapter]), seed=0, device=torch.device("cpu"), class_ranking=ranking)
     small.load_adapter_vector(np.random.default_rng(0).normal(0, 0.1, small.dimension).astype(np.float32))
     return small
 
@@ -133,3 +134,32 @@ def test_more_positions_than_there_are_change_nothing(gradients):
     fewer, _ = records.sum(np.arange(12), clip_norm=1.0, positions=2, generator=torch.Generator())
     assert np.array_equal(whole, same)
     assert not np.allclose(whole, fewer)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_under_a_sampled_softmax_too_the_sum_is_that_of_one_record_at_a_time(gradients, adapter, monkeypatch):
+    """With one draw for all passes on both sides."""
+    small, data = small_lm(adapter), examples(12)
+    classes = small.output_classes(16, key=bytes(16))
+    expected = clipped_sum(small, data, clip_norm=0.05, classes=classes)
+    monkeypatch.setattr(SmallLM, "output_classes", lambda self, count, *, key: classes)
+    vector, norms = sums(gradients, small, data).sum(
+        np.arange(12), clip_norm=0.05, positions=None, classes=16, generator=torch.Generator()
+    )
+    assert norms == pytest.approx(expected.norms, rel=1e-4)
+    assert vector == pytest.approx(expected.vector, abs=1e-5 * np.abs(expected.vector).max())
+
+
+def test_every_pass_draws_its_own_classes(gradients, monkeypatch):
+    small, data = small_lm("last down_proj"), examples(12)
+    keys, honest = [], SmallLM.output_classes
+
+    def watched(self, count, *, key):
+        keys.append(key)
+        return honest(self, count, key=key)
+
+    monkeypatch.setattr(SmallLM, "output_classes", watched)
+    sums(gradients, small, data).sum(
+        np.arange(12), clip_norm=1.0, positions=None, classes=16, generator=torch.Generator().manual_seed(1)
+    )
+    assert len(set(keys)) == 2

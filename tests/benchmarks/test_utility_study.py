@@ -159,7 +159,8 @@ def test_a_plan_asks_for_the_recipes_records_and_counts_a_clients_rounds(simulat
 
 
 def test_a_recipe_is_simulated_as_it_is_run(simulation, study):
-    assert simulation.Case.of(simulation.Recipe()) == simulation.Case()
+    classes = simulation.COMMON["training"]["output_classes"]
+    assert simulation.Case.of(simulation.Recipe()) == simulation.Case(classes=classes)
     cases = [case for name, case in study.CASES.items() if "departs" in name]
     assert len(cases) == len(study.DEPARTURES)
     deep = simulation.Case.of(study.DEPARTURES["chat", False])
