@@ -28,7 +28,7 @@ ALL_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 COMMON: Mapping[str, Any] = {
     "privacy": {"mode": "distributed"},
     "lora": {"rank": 256},
-    "training": {"sampled_positions": 32, "output_classes": 2048, "server_learning_rate": 0.02},
+    "training": {"sampled_positions": 32, "server_learning_rate": 0.02},
     "models": {"activation_cache_mb": 3072},
 }
 
@@ -80,7 +80,8 @@ class Recipe:
     @classmethod
     def of(cls, data: str, epsilon: float) -> Recipe:
         """That of one of `utility_data.NAMES`."""
-        return DEPARTURES.get((data, math.isfinite(epsilon)), cls())
+        fitting = (recipe for (name, least), recipe in DEPARTURES.items() if name == data and epsilon >= least)
+        return next(fitting, cls())
 
     def settings(self) -> dict[str, Any]:
         """Of the run, but for its data, seed and epsilon."""
@@ -128,11 +129,27 @@ def _deep(rate: float, *, whitening: float, clients: int) -> Recipe:
     )
 
 
-DEPARTURES: Mapping[tuple[str, bool], Recipe] = {
-    ("chat", False): _deep(0.0015, whitening=0.0, clients=5),
-    ("medquad", False): _deep(0.0025, whitening=0.5, clients=4),
-    ("medquad", True): Recipe(
-        {"lora": {"rank": 128, "modules": ALL_MATRICES, "whitening": 0.5}, "training": {"server_learning_rate": 0.015}}
+_MEDQUAD = {"rank": 128, "modules": ALL_MATRICES, "whitening": 0.5}
+DEPARTURES: Mapping[tuple[str, float], Recipe] = {
+    ("chat", math.inf): _deep(0.0015, whitening=0.0, clients=5),
+    ("chat", 8.0): Recipe(
+        {
+            "training": {
+                "sampled_positions": EVERY_POSITION,
+                "output_classes": 2048,
+                "server_optimizer": "momentum",
+                "server_learning_rate": 36.0,
+            }
+        },
+        Scale(rounds=56, clients=214, records=1850),
     ),
+    ("medquad", math.inf): _deep(0.0025, whitening=0.5, clients=4),
+    ("medquad", 8.0): Recipe(
+        {
+            "lora": _MEDQUAD,
+            "training": {"sampled_positions": 64, "output_classes": 2048, "server_learning_rate": 0.015},
+        }
+    ),
+    ("medquad", 0.0): Recipe({"lora": _MEDQUAD, "training": {"server_learning_rate": 0.015}}),
 }
-"""By data set, and whether there is noise."""
+"""By data set and least epsilon, descending."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from utility_ceiling import EVALUATION_RECORDS
 from utility_gradients import RecordSums
-from utility_recipe import COMMON, Recipe, Scale
+from utility_recipe import Recipe, Scale
 
 from fedpt_secure.config import RunConfig, build, overlay
 from fedpt_secure.data import Cache, FederatedText, load_federated_text
@@ -92,7 +92,8 @@ class Case:
             recipe.departures.get("lora", {}),
             learning_rate=training["server_learning_rate"],
             positions=training["sampled_positions"],
-            classes=training["output_classes"],
+            classes=training.get("output_classes"),
+            optimizer=training.get("server_optimizer", "adam"),
             scale=recipe.scale,
             warm_up=training.get("server_warm_up", 0),
             cool_down=training.get("server_cool_down", 0.0),
@@ -193,8 +194,7 @@ class Simulation:
     def __init__(self, settings: Mapping[str, Any], split_seed: int, progress: Progress) -> None:
         """Load them."""
         # So that the head's classes are ranked; how many a step takes is the case's.
-        ranked = {"output_classes": COMMON["training"]["output_classes"]}
-        self._settings = overlay(settings, {"seed": split_seed, "training": ranked})
+        self._settings = overlay(settings, {"seed": split_seed, "training": {"output_classes": 2}})
         self.config = build(RunConfig, self._settings)
         self._text = load_federated_text(self.config.data, seed=split_seed, cache=Cache(), progress=progress)
         self._records = held_out_records(self._text, split_seed)

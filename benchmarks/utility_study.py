@@ -84,8 +84,8 @@ CASES: Mapping[str, Case] = {
     "mode `local`": Case(mode="local"),
     "mode `client`": Case(mode="client"),
     **{
-        f"what `{data}` departs to {'under' if noise else 'without'} noise": Case.of(recipe)
-        for (data, noise), recipe in DEPARTURES.items()
+        f"what `{data}` departs to from epsilon {least:g} on": Case.of(recipe)
+        for (data, least), recipe in DEPARTURES.items()
     },
 }
 RULES: Mapping[str, Case] = {

@@ -166,8 +166,16 @@ def test_the_built_in_model_ships_the_directions_that_the_recipe_trains(benchmar
 
 
 def test_a_departure_holds_for_its_data_set_and_noise_alone(benchmark):
-    of, scale = benchmark["utility_recipe"].Recipe.of, benchmark["utility_recipe"].Scale
-    assert of("dolly", 4.0) == of("dolly", math.inf) == of("chat", 8.0) == benchmark["utility_recipe"].Recipe()
+    recipes = benchmark["utility_recipe"]
+    of, scale = recipes.Recipe.of, recipes.Scale
+    assert of("dolly", 4.0) == of("dolly", math.inf) == of("chat", 7.99) == recipes.Recipe()
+    for data in ("chat", "medquad"):
+        leasts = [least for name, least in recipes.DEPARTURES if name == data]
+        assert leasts == sorted(leasts, reverse=True), "the first that fits must be the one with the largest epsilon"
+        for least in leasts:
+            assert of(data, least) is recipes.DEPARTURES[data, least]
+    assert of("medquad", 7.99) is of("medquad", 0.5) is recipes.DEPARTURES["medquad", 0.0]
+    assert of("chat", 1e6) is recipes.DEPARTURES["chat", 8.0]
     deep = of("chat", math.inf)
     config = build(RunConfig, overlay(deep.settings(), {"privacy": {"epsilon": math.inf}}))
     suited = deep.for_records(config, records_of(benchmark, 6184, clients=214))

@@ -159,14 +159,16 @@ def test_a_plan_asks_for_the_recipes_records_and_counts_a_clients_rounds(simulat
 
 
 def test_a_recipe_is_simulated_as_it_is_run(simulation, study):
-    classes = simulation.COMMON["training"]["output_classes"]
-    assert simulation.Case.of(simulation.Recipe()) == simulation.Case(classes=classes)
+    assert simulation.Case.of(simulation.Recipe()) == simulation.Case()
     cases = [case for name, case in study.CASES.items() if "departs" in name]
     assert len(cases) == len(study.DEPARTURES)
-    deep = simulation.Case.of(study.DEPARTURES["chat", False])
+    deep = simulation.Case.of(study.DEPARTURES["chat", math.inf])
     assert deep in cases
     assert (deep.scale.rounds, deep.lora["layers"], deep.warm_up, deep.cool_down) == (480, 3, 10, 0.5)
     assert (deep.learning_rate, deep.positions) == (0.0015, 128)
+    noised = study.DEPARTURES["chat", 8.0].settings()["training"]
+    case = simulation.Case.of(study.DEPARTURES["chat", 8.0])
+    assert (case.optimizer, case.classes) == (noised["server_optimizer"], noised["output_classes"])
 
 
 def test_records_of_reported_figures_are_never_chosen_by(simulation):
