@@ -134,11 +134,12 @@ DEPARTURES: Mapping[tuple[str, float], Recipe] = {
     ("chat", math.inf): _deep(0.0015, whitening=0.0, clients=5),
     ("chat", 8.0): Recipe(
         {
+            "lora": {"rank": 512},
             "training": {
                 "sampled_positions": EVERY_POSITION,
                 "output_classes": 2048,
                 "server_optimizer": "momentum",
-                "server_learning_rate": 36.0,
+                "server_learning_rate": 33.0,
             }
         },
         Scale(rounds=56, clients=214, records=1850),
