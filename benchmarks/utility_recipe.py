@@ -140,7 +140,7 @@ DEPARTURES: Mapping[tuple[str, float], Recipe] = {
                 "output_classes": 2048,
                 "server_optimizer": "momentum",
                 "server_learning_rate": 33.0,
-            }
+            },
         },
         Scale(rounds=56, clients=214, records=1850),
     ),
