@@ -129,28 +129,26 @@ def _deep(rate: float, *, whitening: float, clients: int) -> Recipe:
     )
 
 
-_MEDQUAD = {"rank": 128, "modules": ALL_MATRICES, "whitening": 0.5}
 DEPARTURES: Mapping[tuple[str, float], Recipe] = {
     ("chat", math.inf): _deep(0.0015, whitening=0.0, clients=5),
     ("chat", 8.0): Recipe(
         {
-            "lora": {"rank": 512},
             "training": {
                 "sampled_positions": EVERY_POSITION,
                 "output_classes": 2048,
                 "server_optimizer": "momentum",
-                "server_learning_rate": 33.0,
-            },
+                "server_learning_rate": 36.0,
+            }
         },
         Scale(rounds=56, clients=214, records=1850),
     ),
     ("medquad", math.inf): _deep(0.0025, whitening=0.5, clients=4),
     ("medquad", 8.0): Recipe(
-        {
-            "lora": _MEDQUAD,
-            "training": {"sampled_positions": 64, "output_classes": 2048, "server_learning_rate": 0.015},
-        }
+        {"lora": {"rank": 512, "whitening": 0.5}, "training": {"sampled_positions": 64, "output_classes": 2048}},
+        Scale(rounds=56, clients=9, records=3700),
     ),
-    ("medquad", 0.0): Recipe({"lora": _MEDQUAD, "training": {"server_learning_rate": 0.015}}),
+    ("medquad", 0.0): Recipe(
+        {"lora": {"rank": 128, "modules": ALL_MATRICES, "whitening": 0.5}, "training": {"server_learning_rate": 0.015}}
+    ),
 }
 """By data set and least epsilon, descending."""
