@@ -8,6 +8,7 @@ client nor swap one's keys.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -78,11 +79,17 @@ class Identity:
 class Roster(Mapping[str, bytes]):
     """Client ids and their public Ed25519 keys: immutable, sorted by id, one key per id and one id per key.
 
+    Args:
+        verify_keys: 32 bytes for each client id.
+        remembered: valid signatures that `verify` remembers and does not verify again, the last used ones. For many
+            clients in one process, who share a roster and each verify the signatures of all others. What is remembered
+            is public, and has to be the same in every byte of key, message and signature; refusals are not remembered.
+
     Raises:
         ParameterError: an id or key is not valid, or a key appears twice (one person under two names).
     """
 
-    def __init__(self, verify_keys: Mapping[str, bytes]) -> None:
+    def __init__(self, verify_keys: Mapping[str, bytes], *, remembered: int = 0) -> None:
         if not 1 <= len(verify_keys) <= LARGEST_ROSTER:
             raise ParameterError(f"a roster names 1 to {LARGEST_ROSTER} clients, not {len(verify_keys)}")
         owner: dict[bytes, str] = {}
@@ -97,6 +104,7 @@ class Roster(Mapping[str, bytes]):
         self._keys = {client_id: key for key, client_id in owner.items()}
         parts = [part for client_id, key in self._keys.items() for part in (client_id.encode(), key)]
         self._digest = digest(Label.ROSTER, parts)
+        self._require_signed = lru_cache(maxsize=remembered)(_require_signed) if remembered else _require_signed
 
     @property
     def digest(self) -> bytes:
@@ -153,7 +161,7 @@ class Roster(Mapping[str, bytes]):
         if key is None:
             raise SignatureInvalid(f"client {client_id!r} is not in the roster")
         try:
-            VerifyKey(key).verify(message, signature)
+            self._require_signed(key, message, signature)
         except (BadSignatureError, ValueError):
             raise SignatureInvalid(f"the signature is not one of client {client_id!r} on this message") from None
 
@@ -195,6 +203,10 @@ class Roster(Mapping[str, bytes]):
             OSError: the file cannot be read.
         """
         return cls.from_json(strict_files.read_file(path, largest=_LARGEST_ROSTER_FILE))
+
+
+def _require_signed(key: bytes, message: bytes, signature: bytes) -> None:
+    VerifyKey(key).verify(message, signature)
 
 
 class _RosterEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -24,6 +24,8 @@ PRIME: Final = 2**256 + 297
 SECRET_BYTES: Final = 32
 SHARE_BYTES: Final = 33
 
+_STEPS: Final = 8
+
 
 def split(
     secret: bytes | bytearray,
@@ -44,11 +46,15 @@ def split(
     coefficients = [int.from_bytes(secret, "big")]
     coefficients += [_random_element(random_bytes) for _ in range(threshold - 1)]
     coefficients.reverse()
+    # Points are small: a few of Horner's steps make a value of little more than 257 bits before it is reduced.
+    steps = [coefficients[start : start + _STEPS] for start in range(0, threshold, _STEPS)]
     shares = []
     for point in points:
         value = 0
-        for coefficient in coefficients:
-            value = (value * point + coefficient) % PRIME
+        for few in steps:
+            for coefficient in few:
+                value = value * point + coefficient
+            value %= PRIME
         shares.append(bytearray(value.to_bytes(SHARE_BYTES, "big")))
     return shares
 

@@ -21,6 +21,9 @@ Examples = Callable[[str], Sequence[SmallExample]]
 KEPT_RECORDS = 16_384
 """Most records whose token ids stay in memory between rounds, all clients together; some 5 kB each at 128 tokens."""
 
+_REMEMBERED_SIGNATURES = 4096
+"""Below 2 MiB; two of each client are verified by all others of a round."""
+
 
 class Population:
     """All clients that some round asks, and the keys they know each other by.
@@ -49,7 +52,8 @@ class Population:
             ledgers: where each of them keeps its ledger.
         """
         self.terms = terms
-        self.roster = Roster({client_id: identity.verify_key_bytes for client_id, identity in identities.items()})
+        verify_keys = {client_id: identity.verify_key_bytes for client_id, identity in identities.items()}
+        self.roster = Roster(verify_keys, remembered=_REMEMBERED_SIGNATURES)
         self._identities = identities
         self._ledgers = ledgers
         self._examples = examples

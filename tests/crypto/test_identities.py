@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpt_secure.crypto import Identity, ParameterError, Roster, SignatureInvalid
+from fedpt_secure.crypto import Identity, ParameterError, Roster, SignatureInvalid, identities
 
 KEY = Identity(b"1" * 32).verify_key_bytes
 OTHER_KEY = Identity(b"2" * 32).verify_key_bytes
@@ -77,9 +77,10 @@ def test_a_roster_file_with_repeated_ids_or_sloppy_keys_is_refused():
             Roster.from_json(content)
 
 
-def test_a_signature_counts_only_for_its_signer_message_and_roster():
+@pytest.mark.parametrize("remembered", [0, 1, 8])
+def test_a_signature_counts_only_for_its_signer_message_and_roster(remembered):
     signer = Identity(b"1" * 32)
-    roster = Roster({"a": KEY, "b": OTHER_KEY})
+    roster = Roster({"a": KEY, "b": OTHER_KEY}, remembered=remembered)
     signature = signer.sign(b"message")
     roster.verify("a", b"message", signature)
     for name, message, candidate in (
@@ -91,3 +92,24 @@ def test_a_signature_counts_only_for_its_signer_message_and_roster():
     ):
         with pytest.raises(SignatureInvalid):
             roster.verify(name, message, candidate)
+
+
+def test_remembered_signatures_are_verified_once_and_refusals_every_time(monkeypatch):
+    verified = []
+
+    def counted(key, message, signature, check=identities._require_signed):
+        verified.append(message)
+        check(key, message, signature)
+
+    monkeypatch.setattr(identities, "_require_signed", counted)
+    signature = Identity(b"1" * 32).sign(b"message")
+    for remembered, times in ((0, 3), (8, 1)):
+        roster = Roster({"a": KEY}, remembered=remembered)
+        verified.clear()
+        for _ in range(3):
+            roster.verify("a", b"message", signature)
+        assert len(verified) == times
+        for _ in range(2):
+            with pytest.raises(SignatureInvalid):
+                roster.verify("a", b"other", signature)
+        assert verified.count(b"other") == 2
