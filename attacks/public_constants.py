@@ -23,7 +23,7 @@ from fedpt_secure.config import RunConfig, build
 from fedpt_secure.data import Cache
 from fedpt_secure.errors import RunDirectoryError
 from fedpt_secure.federation import RunDirectory, run_training
-from fedpt_secure.lm.small import builtin_directory
+from fedpt_secure.lm.base import builtin_directory
 from fedpt_secure.lm.vocabulary import Vocabulary
 from fedpt_secure.progress import SILENT, Progress
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from fedpt_secure.config import LoraSettings
-from fedpt_secure.lm.small import BUILTIN, SmallLM, builtin_directory, load_base
+from fedpt_secure.lm.base import BUILTIN, builtin_directory, load_base
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.vocabulary import Vocabulary
 from fedpt_secure.privacy import SmallExample, clipped_sum, example_loss, example_losses
 

@@ -443,7 +443,7 @@ def _tiny_model(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fedpt_secure.lm.small import builtin_directory
+    from fedpt_secure.lm.base import builtin_directory
 
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}

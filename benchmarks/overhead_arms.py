@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.crypto import client_bytes, secure_aggregation_parameters
 from fedpt_secure.federation.announcement import PROTOCOL, Announcement
+from fedpt_secure.lm.base import BUILTIN, BaseLM, builtin_directory, load_builtin_weights
 from fedpt_secure.lm.directions import FILE as DIRECTIONS
 from fedpt_secure.lm.directions import Directions
-from fedpt_secure.lm.small import BUILTIN, BaseLM, SmallLM, builtin_directory, load_builtin_weights
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.split import TrainingCompute, training_dtype
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.lm.vocabulary import Vocabulary

@@ -172,7 +172,7 @@ def write_tiny_model(path: Path, *, seed: int) -> str:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fedpt_secure.lm.small import builtin_directory
+    from fedpt_secure.lm.base import builtin_directory
 
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fedpt_secure.lm.head_loss import SampledHead, head_loss
+from fedpt_secure.lm.head_loss import SampledHead
+from fedpt_secure.lm.output_bias import PARAMETER, head_bias_of
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy import SmallExample
 
@@ -49,6 +50,7 @@ class RecordSums:
         self._head_lower = self._head.to(dtype)
         self._sampled: SampledHead | None = None
         self._layers = _trained_layers(small)
+        self._bias_layer = head_bias_of(small.model)
         width = max(len(example.ids) for example in examples)
         ids = np.zeros((len(examples), width), dtype=np.int64)
         for row, example in enumerate(examples):
@@ -57,7 +59,8 @@ class RecordSums:
         self._loss_from = torch.tensor([example.loss_from for example in examples], device=device)
         self.rows = torch.tensor([len(example.ids) - example.loss_from for example in examples], device=device)
         last = len(self._backbone.layers) - 1
-        self._through = all(f".layers.{last}.mlp.down_proj." in name for name in small.trained_names)
+        names = [name for name in small.trained_names if not name.endswith(PARAMETER)]
+        self._through = all(f".layers.{last}.mlp.down_proj." in name for name in names)
         self._kept = self._run_below() if self._through else None
 
     def sum(
@@ -79,20 +82,18 @@ class RecordSums:
 
         Returns: float64 `[d]`, in the order of `SmallLM.adapter_vector`; float64 `[chosen]`.
         """
-        totals = [torch.zeros_like(layer.weight, dtype=torch.float64) for layer in self._layers]
+        total = torch.zeros(self._small.dimension, dtype=torch.float64)
         norms = []
         for start in range(0, len(chosen), self._at_once):
             records = torch.from_numpy(chosen[start : start + self._at_once]).to(self._small.device)
             self._sampled = self._sampled_head(classes, generator)
             gradients = self._gradients(records, *self._drawn(records, positions, generator))
-            squares = sum(gradient.flatten(1).double().square().sum(1) for gradient in gradients)
-            norm = torch.as_tensor(squares).sqrt()
+            norm = gradients.double().square().sum(1).sqrt()
             scales = (clip_norm / norm.clamp(min=1e-30)).clamp(max=1.0).float()
-            for total, gradient in zip(totals, gradients, strict=True):
-                total += torch.tensordot(scales, gradient, 1)
+            total = total.to(gradients.device)
+            total += scales @ gradients
             norms.append(norm)
-        vector = torch.cat([total.flatten() for total in totals]).cpu().numpy()
-        return vector, (torch.cat(norms).cpu().numpy() if norms else np.zeros(0))
+        return total.cpu().numpy(), (torch.cat(norms).cpu().numpy() if norms else np.zeros(0))
 
     @torch.no_grad()
     def logits(self, records: Sequence[int]) -> Tensor:
@@ -100,7 +101,12 @@ class RecordSums:
         index = torch.tensor(list(records), device=self._small.device)
         rows, counted = self._drawn(index, None, None)
         judged = self._judged(index, rows, torch.float32)[counted]
-        return judged @ self._head.T
+        logits = judged @ self._head.T
+        return logits if self._bias is None else logits + self._bias
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return None if self._bias_layer is None else self._bias_layer.bias.detach()
 
     def texts(self, chosen: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Token ids `[n, width]`, padded with zeros, and the token after each position, -100 where it has no loss."""
@@ -124,16 +130,18 @@ class RecordSums:
         rows = keys.topk(positions, dim=1, largest=False).indices
         return rows, rows < available[:, None]
 
-    def _gradients(self, records: Tensor, rows: Tensor, counted: Tensor) -> list[Tensor]:
-        """Per-record gradients of the trained matrices, float32 `[n, out, rank]` each."""
+    def _gradients(self, records: Tensor, rows: Tensor, counted: Tensor) -> Tensor:
+        """Per-record gradients by `SmallLM.adapter_vector`'s entries, float32 `[n, d]`."""
         positions = self._loss_from[records][:, None] + rows
         targets = self._ids[records].gather(1, positions.clamp(max=self._ids.shape[1] - 1))
         with _watched(self._layers) as gradients:
             judged = self._judged(records, rows, self._dtype)
             weights = counted / counted.sum(1, keepdim=True)
-            flat = self._head_gradient(judged.detach().flatten(0, 1), targets.flatten(), weights.flatten())
-            torch.autograd.backward(judged, flat.view_as(judged))
-            return [gradients[index] for index in range(len(self._layers))]
+            by_judged, by_bias = self._head_gradient(judged.detach(), targets, weights)
+            torch.autograd.backward(judged, by_judged)
+            parts = [gradients[index] for index in range(len(self._layers))]
+        # The head's name comes before the layers'.
+        return self._small.in_units(parts if by_bias is None else [by_bias, *parts])
 
     def _judged(self, records: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """What the head reads at the rows, float32 `[n, T, width]`."""
@@ -157,23 +165,51 @@ class RecordSums:
         return None if drawn is None else SampledHead.of(self._head_lower, drawn)
 
     @torch.no_grad()
-    def _head_gradient(self, judged: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        gradient = torch.empty_like(judged)
-        if self._sampled is not None:
-            # The head's loss is a mean over its rows: each row's own gradient is what is weighted here.
-            with torch.enable_grad():
-                for start in range(0, len(judged), _HEAD_ROWS):
-                    rows = judged[start : start + _HEAD_ROWS].clone().requires_grad_()
-                    loss = head_loss(rows, self._head_lower, targets[start : start + _HEAD_ROWS], self._sampled)
-                    (own,) = torch.autograd.grad(loss * len(rows), rows)
-                    gradient[start : start + _HEAD_ROWS] = own * weights[start : start + _HEAD_ROWS, None]
-            return gradient
-        for start in range(0, len(judged), _HEAD_ROWS):
-            part = slice(start, start + _HEAD_ROWS)
-            difference = torch.softmax((judged[part].to(self._dtype) @ self._head_lower.T).float(), dim=1)
-            difference.scatter_add_(1, targets[part, None], -torch.ones_like(targets[part, None], dtype=torch.float32))
-            gradient[part] = (difference.to(self._dtype) @ self._head_lower).float() * weights[part, None]
-        return gradient
+    def _head_gradient(self, judged: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of each record's weighted loss at the head's input, `[n, T, width]`, and by its bias, `[n, v]`."""
+        gradient, by_bias = torch.empty_like(judged), None
+        if self._bias is not None:
+            by_bias = judged.new_zeros(len(judged), len(self._bias))
+        at_once = max(1, _HEAD_ROWS // judged.shape[1])
+        for start in range(0, len(judged), at_once):
+            part = slice(start, start + at_once)
+            rows, target = judged[part].flatten(0, 1), targets[part].flatten()
+            logits, classes = self._logits(rows, target)
+            weight = weights[part].flatten()[:, None]
+            # The last column is each row's own class, where the softmax is over some classes.
+            difference = torch.softmax(logits, dim=1).mul_(weight)
+            if classes is None:
+                difference.scatter_add_(1, target[:, None], -weight)
+                moved = (difference.to(self._dtype) @ self._head_lower).float()
+            else:
+                difference[:, -1:] -= weight
+                moved = (difference[:, :-1].to(self._dtype) @ classes.weight).float()
+                moved += difference[:, -1:] * self._head[target]
+            gradient[part] = moved.view_as(gradient[part])
+            if by_bias is not None:
+                by_record = difference.view(*targets[part].shape, -1)
+                if classes is None:
+                    by_bias[part] = by_record.sum(1)
+                else:
+                    by_bias[part, classes.rows] = by_record[..., :-1].sum(1)
+                    by_bias[part] = by_bias[part].scatter_add(1, targets[part], by_record[..., -1])
+        return gradient, by_bias
+
+    def _logits(self, rows: Tensor, target: Tensor) -> tuple[Tensor, SampledHead | None]:
+        """Of all classes, `[rows, v]`, or of the step's and each row's own, `[rows, classes + 1]`."""
+        sampled, bias = self._sampled, self._bias
+        if sampled is None:
+            logits = (rows.to(self._dtype) @ self._head_lower.T).float()
+            return (logits if bias is None else logits + bias), None
+        logits = (rows.to(self._dtype) @ sampled.weight.T).float() + sampled.log_weights
+        own = (rows * self._head[target]).sum(1)
+        if bias is not None:
+            logits += bias[sampled.rows]
+            own = own + bias[target]
+        places = sampled.places[target]
+        held = places >= 0
+        logits[held, places[held]] = -torch.inf
+        return torch.cat([logits, own[:, None]], dim=1), sampled
 
     @torch.no_grad()
     def _run_below(self) -> tuple[Tensor, Tensor]:
@@ -237,4 +273,5 @@ def _watched(layers: Sequence[nn.Linear]) -> Iterator[dict[int, Tensor]]:
 
 def _trained_layers(small: SmallLM) -> list[nn.Linear]:
     owners = {id(module.weight): module for module in small.model.modules() if isinstance(module, nn.Linear)}
-    return [owners[id(parameter)] for parameter in small.trainable]
+    named = zip(small.trained_names, small.trainable, strict=True)
+    return [owners[id(parameter)] for name, parameter in named if not name.endswith(PARAMETER)]

@@ -22,7 +22,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Directories of a tiny `large` and `small` causal LM in Transformers format."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fedpt_secure.lm.small import builtin_directory
+    from fedpt_secure.lm.base import builtin_directory
 
     directories = {}
     for seed, name in enumerate(("large", "small")):

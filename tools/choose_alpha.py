@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from fedpt_secure.config import FederationConfig, LoraSettings, PrivacyConfig, TrainingConfig
+from fedpt_secure.lm.base import load_builtin_weights
 from fedpt_secure.lm.directions import FILE, Directions
-from fedpt_secure.lm.small import load_builtin_weights
 from fedpt_secure.lm.vocabulary import Vocabulary
 
 MICRO_BATCH = 64

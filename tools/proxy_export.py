@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedpt_secure.lm.base import load_builtin_weights
 from fedpt_secure.lm.compact_weights import compact
-from fedpt_secure.lm.small import load_builtin_weights
 from fedpt_secure.lm.vocabulary import Vocabulary
 
 PUBLIC_TEXT_BYTES = 300_000

@@ -92,3 +92,6 @@ class LoraSettings(Settings):
     """Where A comes from: principal directions of public text, or random; `auto`: public if the small LM has them."""
     whitening: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     """How much the weaker public directions are raised to the energy of the strongest: 0 not at all, 1 fully."""
+    output_bias: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    """Train a bias of every output class too, in units of this (`lm.output_bias`): what it takes of the clip norm and
+    how fast it moves. Some 0.03; 0 trains none. Classes' public frequencies come from the built-in public text."""

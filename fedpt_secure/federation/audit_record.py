@@ -30,7 +30,7 @@ from fedpt_secure.data.planting import Canary, Planted, Secret, make_canaries, m
 from fedpt_secure.data.simulation import simulation_rng
 from fedpt_secure.errors import RunDirectoryError
 from fedpt_secure.federation.run_directory import PLANTED, RunDirectory
-from fedpt_secure.lm.small import builtin_directory
+from fedpt_secure.lm.base import builtin_directory
 
 SCHEMA = "fedpt-secure/planted/1"
 SUM = "sum"

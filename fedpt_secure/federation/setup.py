@@ -13,10 +13,11 @@ from fedpt_secure.config import ApiConfig, RunConfig
 from fedpt_secure.data import Cache
 from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.errors import ConfigError, ModelError
+from fedpt_secure.lm.base import BUILTIN, BaseLM, builtin_directory, load_base
 from fedpt_secure.lm.devices import resolve_device
 from fedpt_secure.lm.large_weights import LargeWeights, resolve_endpoint, resolve_large
-from fedpt_secure.lm.output_classes import rank_classes
-from fedpt_secure.lm.small import BUILTIN, BaseLM, SmallLM, builtin_directory, load_base
+from fedpt_secure.lm.output_classes import count_classes
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.split import TrainingCompute, training_dtype
 from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
 from fedpt_secure.progress import Progress
@@ -180,12 +181,12 @@ def _small(config: RunConfig, base: BaseLM, tokenizer: TextTokenizer, device: to
     compute = TrainingCompute(
         training_dtype(config.models.training_dtype, device), config.models.activation_cache_mb * 1_000_000
     )
-    classes, ranking = config.training.output_classes, None
-    if classes is not None:
+    classes, counts = config.training.output_classes, None
+    if classes is not None or config.lora.output_bias:
         token_map = base.token_map
         public = (token_map.to_small(tokenizer.ids(passage)) for passage in _public_passages())
-        ranking = rank_classes(public, token_map.small_vocabulary_size)
-    small = SmallLM(base, config.lora, seed=config.seed, device=device, compute=compute, class_ranking=ranking)
+        counts = count_classes(public, token_map.small_vocabulary_size)
+    small = SmallLM(base, config.lora, seed=config.seed, device=device, compute=compute, class_counts=counts)
     small.output_classes(classes, key=b"")  # one that cannot be trained so is refused now, not in a client's round
     return small
 

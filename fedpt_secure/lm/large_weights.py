@@ -24,8 +24,8 @@ from fedpt_secure.data.fetch import Cache
 from fedpt_secure.data.hub import RepositoryMissing, contained, hub_commit
 from fedpt_secure.endpoint import Endpoint
 from fedpt_secure.errors import ModelError
+from fedpt_secure.lm.base import builtin_directory
 from fedpt_secure.lm.gguf_conversion import convert_gguf
-from fedpt_secure.lm.small import builtin_directory
 from fedpt_secure.progress import SILENT, Progress, Task
 
 SMOLLM2 = "smollm2"

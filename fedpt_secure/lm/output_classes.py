@@ -42,8 +42,8 @@ class OutputClasses:
     places: torch.Tensor
 
 
-def rank_classes(texts: Iterable[Sequence[int]], classes: int) -> Ranking:
-    """All classes by their number in token ids of public text; those of equal number by their id.
+def count_classes(texts: Iterable[Sequence[int]], classes: int) -> npt.NDArray[np.int64]:
+    """How often each class is in token ids of public text, `[v]`.
 
     Args:
         texts: small token ids.
@@ -52,7 +52,12 @@ def rank_classes(texts: Iterable[Sequence[int]], classes: int) -> Ranking:
     counts = np.zeros(classes, dtype=np.int64)
     for ids in texts:
         counts += np.bincount(np.asarray(ids, dtype=np.int64), minlength=classes)
-    return np.lexsort((np.arange(classes), -counts)).astype(np.int64)
+    return counts
+
+
+def rank_classes(counts: npt.NDArray[np.int64]) -> Ranking:
+    """All classes by their counts; those of equal count by their id."""
+    return np.lexsort((np.arange(len(counts)), -counts)).astype(np.int64)
 
 
 def draw_classes(ranking: Ranking, count: int, *, key: bytes) -> OutputClasses:

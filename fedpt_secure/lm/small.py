@@ -4,65 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import ConfigError, ModelError
-from fedpt_secure.lm.compact_weights import expanded
-from fedpt_secure.lm.directions import FILE as DIRECTIONS_FILE
+from fedpt_secure.lm.base import BaseLM
 from fedpt_secure.lm.directions import Directions
-from fedpt_secure.lm.output_classes import OutputClasses, Ranking, draw_classes
+from fedpt_secure.lm.output_bias import HEAD, PARAMETER, class_units, expected_warnings, with_output_bias
+from fedpt_secure.lm.output_classes import OutputClasses, draw_classes, rank_classes
 from fedpt_secure.lm.part import TrainedPart
 from fedpt_secure.lm.split import EXACT_COMPUTE, SplitLM, TrainingCompute, layer_of, split_model
-from fedpt_secure.lm.token_map import TokenMap
-from fedpt_secure.lm.vocabulary import Vocabulary
 
-BUILTIN = "builtin"
 FloatVector = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class BaseLM:
-    """A pretrained small LM before any adapter, and how its vocabulary sits in the large one."""
-
-    model: PreTrainedModel
-    token_map: TokenMap
-    name: str
-    directions: Directions | None = None
-    """Public directions for LoRA's A, where the small LM ships them."""
-
-
-def builtin_directory() -> Path:
-    """Where the built-in proxy's files lie."""
-    return Path(str(resources.files("fedpt_secure.lm.builtin")))
-
-
-def load_base(spec: str, large_vocabulary: Vocabulary) -> BaseLM:
-    """Load the built-in proxy, or any Transformers causal LM of the large model's tokenizer family.
-
-    Raises:
-        ModelError: files missing, corrupt, or of another tokenizer (the first differing tokens are named).
-    """
-    return _load_builtin(large_vocabulary) if spec == BUILTIN else _load_transformers(spec, large_vocabulary)
-
-
 class SmallLM:
-    """Base weights, frozen, under one LoRA adapter whose B matrices are trained.
+    """Base weights, frozen, under one LoRA adapter whose B matrices are trained, and the head's biases if asked for.
 
     A is public and frozen: principal directions of the layers' inputs on public text where the small LM ships them
     (`lm.directions`), else random from the run's seed. B starts at zero, so a fresh adapter changes nothing. The
-    adapter of a run is the vector of all B entries, in sorted parameter-name order: `adapter_vector`.
+    adapter of a run is the vector of all B entries, and of the biases in their units (`lm.output_bias`), in sorted
+    parameter-name order: `adapter_vector`.
     """
 
     def __init__(
@@ -73,16 +42,17 @@ class SmallLM:
         seed: int,
         device: torch.device,
         compute: TrainingCompute = EXACT_COMPUTE,
-        class_ranking: Ranking | None = None,
+        class_counts: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Attach a fresh adapter.
 
         Args:
             compute: how gradients are computed.
-            class_ranking: of the head's classes by public text, for training by a sampled softmax.
+            class_counts: of the head's classes in public text, for a sampled softmax and for `lora.output_bias`.
 
         Raises:
-            ConfigError: the base has none of the modules, or fewer layers, than the settings name.
+            ConfigError: the base has none of the modules, or fewer layers, than the settings name, or its head cannot
+                have a bias.
         """
         layers = base.model.config.num_hidden_layers
         if lora.layers > layers:
@@ -98,9 +68,12 @@ class SmallLM:
             bias="none",
             task_type="CAUSAL_LM",
         )
+        units = _bias_units(base, lora, class_counts)
+        if units is not None:
+            config = with_output_bias(config, base.model, lora)
         try:
             # A is public: every client and every later reader derives the same one from the run's seed.
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), expected_warnings():
                 torch.manual_seed(seed)
                 self.model: PeftModel = get_peft_model(base.model, config)
         except ValueError as error:
@@ -109,17 +82,19 @@ class SmallLM:
         if self.directions == "public" and base.directions is not None:
             _set_directions(self.model, base.directions, lora)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_("lora_B" in name)
+            in_head = f".{HEAD}." in name
+            parameter.requires_grad_(name.endswith(PARAMETER) if in_head else "lora_B.default.weight" in name)
         self.model.to(device)
         self.model.eval()
         self.device = device
         self.compute = compute
-        self._class_ranking = class_ranking
+        self._class_ranking = None if class_counts is None else rank_classes(class_counts)
         self.token_map = base.token_map
         self.name = base.name
         self._trainable = sorted(
             ((name, p) for name, p in self.model.named_parameters() if p.requires_grad), key=lambda item: item[0]
         )
+        self._units = [units if name.endswith(PARAMETER) else None for name, _ in self._trainable]
         self.digest = self._digest()
         self.split: SplitLM | None = split_model(self.model, self.trained_names, compute)
         """The model cut below its first trained module, for one example's gradient; None if it cannot be cut."""
@@ -138,6 +113,8 @@ class SmallLM:
     def trains(self, part: TrainedPart) -> list[int]:
         """How many columns of each trained parameter belong to a part, in the order of `adapter_vector`.
 
+        The head's bias is one column, and belongs to every part: a gradient comes by it on every way down.
+
         Raises:
             ModelError: there is no such part in this adapter.
         """
@@ -146,6 +123,9 @@ class SmallLM:
             raise ModelError(f"layers {sorted(part.layers or ())} are not among the adapted {self.adapted_layers}")
         columns = []
         for name, parameter in self._trainable:
+            if parameter.dim() == 1:
+                columns.append(1)
+                continue
             rank = parameter.shape[1]
             if part.rank is not None and not 1 <= part.rank <= rank:
                 raise ModelError(f"a part of rank {part.rank} is not one of an adapter of rank {rank}")
@@ -157,8 +137,28 @@ class SmallLM:
         """Which entries of `adapter_vector` belong to a part, `[dimension]`."""
         masks = []
         for parameter, columns in zip(self.trainable, self.trains(part), strict=True):
-            masks.append(np.broadcast_to(np.arange(parameter.shape[1]) < columns, parameter.shape).reshape(-1))
+            rows, width = len(parameter), parameter[0].numel()
+            masks.append(np.broadcast_to(np.arange(width) < columns, (rows, width)).reshape(-1))
         return np.concatenate(masks)
+
+    def in_units(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Per-example gradients by the trained parameters, made those by `adapter_vector`'s entries.
+
+        Args:
+            gradients: `[n, ...]` of each trained parameter, in the order of `trainable`, on one device.
+
+        Returns: float32 `[n, dimension]`.
+        """
+        rows = [gradient.flatten(1) for gradient in gradients]
+        return torch.cat(
+            [row if unit is None else row * unit.to(row.device) for row, unit in zip(rows, self._units, strict=True)],
+            dim=1,
+        )
+
+    @property
+    def has_units(self) -> bool:
+        """Whether an entry of `adapter_vector` is another number than the parameter it stands for."""
+        return any(unit is not None for unit in self._units)
 
     def split_for(self, part: TrainedPart) -> SplitLM | None:
         """The model cut below the part's lowest layer, made when it is first asked for; None if it cannot be cut.
@@ -208,7 +208,9 @@ class SmallLM:
     def adapter_vector(self) -> FloatVector:
         """The trained parameters as one float32 vector `[dimension]` (a copy)."""
         with torch.no_grad():
-            return torch.cat([p.detach().float().reshape(-1) for p in self.trainable]).cpu().numpy().copy()
+            values = [p.detach().float().cpu().reshape(-1) for p in self.trainable]
+            in_units = [v if unit is None else v / unit for v, unit in zip(values, self._units, strict=True)]
+            return torch.cat(in_units).numpy().copy()
 
     def load_adapter_vector(self, vector: FloatVector) -> None:
         """Set the trained parameters from a vector `[dimension]`.
@@ -223,9 +225,10 @@ class SmallLM:
         values = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32)).to(self.device)
         offset = 0
         with torch.no_grad():
-            for parameter in self.trainable:
+            for parameter, unit in zip(self.trainable, self._units, strict=True):
                 count = parameter.numel()
-                parameter.copy_(values[offset : offset + count].view_as(parameter))
+                value = values[offset : offset + count].view_as(parameter)
+                parameter.copy_(value if unit is None else value * unit.to(self.device))
                 offset += count
 
     def weights_digest(self, vector: FloatVector) -> bytes:
@@ -235,13 +238,17 @@ class SmallLM:
 
     def save_adapter(self, directory: Path) -> None:
         """Write the adapter in PEFT's format; `peft.PeftModel.from_pretrained(base, directory)` loads it."""
-        self.model.save_pretrained(str(directory), save_embedding_layers=False)
+        with expected_warnings():
+            self.model.save_pretrained(str(directory), save_embedding_layers=False)
 
     def _digest(self) -> str:
         digest = hashlib.sha256()
         layout = {name: list(parameter.shape) for name, parameter in self._trainable}
         digest.update(json.dumps([self.name, layout], sort_keys=True).encode())
         digest.update(self.token_map.small_to_large.astype("<i8").tobytes())
+        for unit in self._units:
+            if unit is not None:
+                digest.update(unit.numpy().astype("<f4").tobytes())
         for name, parameter in sorted(self.model.named_parameters(), key=lambda item: item[0]):
             if not parameter.requires_grad:
                 digest.update(name.encode())
@@ -266,81 +273,24 @@ def _choose_directions(base: BaseLM, lora: LoraSettings) -> str:
     return chosen
 
 
+def _bias_units(base: BaseLM, lora: LoraSettings, class_counts: npt.NDArray[np.int64] | None) -> torch.Tensor | None:
+    if not lora.output_bias:
+        return None
+    if class_counts is None:
+        raise ConfigError(f"lora.output_bias is {lora.output_bias:g}, and nothing is known of the classes' frequency")
+    model: Any = base.model
+    if len(class_counts) != model.get_output_embeddings().weight.shape[0]:
+        raise ConfigError(
+            f"lora.output_bias is {lora.output_bias:g}, and the small LM's head has other classes than its vocabulary",
+            hint="lora.output_bias = 0",
+        )
+    return class_units(class_counts, lora.output_bias)
+
+
 def _set_directions(model: PeftModel, directions: Directions, lora: LoraSettings) -> None:
     prefix = "base_model.model."
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
+        if hasattr(module, "lora_A") and "default" in module.lora_A and name != prefix + HEAD:
             a = directions.lora_a(name.removeprefix(prefix), lora.rank, whitening=lora.whitening)
             with torch.no_grad():
                 module.lora_A["default"].weight.copy_(a)
-
-
-def _load_builtin(large_vocabulary: Vocabulary) -> BaseLM:
-    directory = builtin_directory()
-    expected = Vocabulary.from_file(directory / "tokenizer.json")
-    # Raises where the large model's tokens are not the ones the proxy's map was made for.
-    order = TokenMap.between(expected, large_vocabulary).small_to_large
-    model, token_map = load_builtin_weights(directory, large_vocabulary)
-    made_for = token_map.small_to_large
-    # The same tokens under other ids: the map leads to where they are in this large model.
-    token_map = TokenMap(np.where(made_for < 0, made_for, order[made_for]), large_vocabulary_size=large_vocabulary.size)
-    return BaseLM(model, token_map, BUILTIN, Directions.load(directory / DIRECTIONS_FILE))
-
-
-def load_builtin_weights(directory: Path, large_vocabulary: Vocabulary) -> tuple[LlamaForCausalLM, TokenMap]:
-    """The built-in proxy's model (float32) and token map, without LoRA directions.
-
-    Raises:
-        ModelError: a file is missing or damaged.
-    """
-    try:
-        config = LlamaConfig.from_pretrained(directory)
-        config.dtype = torch.float32  # the files hold fewer bits
-        model = LlamaForCausalLM(config)
-        missing, unexpected = _fill(model, load_file(directory / "model.safetensors"))
-        content = json.loads((directory / "small_to_large.json").read_text(encoding="utf-8"))
-        small_to_large = np.asarray(content, dtype=np.int64)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise ModelError(f"the built-in proxy is damaged: {error}", hint="reinstall fedpt-secure") from None
-    if missing or unexpected:
-        raise ModelError(
-            f"the built-in proxy is damaged: missing {sorted(missing)}, unexpected {sorted(unexpected)}",
-            hint="reinstall fedpt-secure",
-        )
-    model.tie_weights()
-    return model, TokenMap(small_to_large, large_vocabulary_size=large_vocabulary.size)
-
-
-def _fill(model: LlamaForCausalLM, tensors: Mapping[str, torch.Tensor]) -> tuple[set[str], set[str]]:
-    """Copy a file's weights into a model, one by one; names that are missing in the file, and that the model lacks.
-
-    A tied head is one parameter with the embedding, under the embedding's name.
-
-    Raises:
-        ValueError: what is in the file is malformed, or of another shape.
-    """
-    parameters = dict(model.named_parameters())
-    found = set()
-    with torch.no_grad():
-        for name, value in expanded(tensors):
-            found.add(name)
-            if name in parameters:
-                if value.shape != parameters[name].shape:
-                    raise ValueError(f"{name} is {list(value.shape)}, not {list(parameters[name].shape)}")
-                parameters[name].copy_(value)
-    return set(parameters) - found, found - set(parameters)
-
-
-def _load_transformers(spec: str, large_vocabulary: Vocabulary) -> BaseLM:
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(spec)
-        model = AutoModelForCausalLM.from_pretrained(spec, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise ModelError(
-            f"cannot load the small LM {spec!r}: {str(error).splitlines()[0]}",
-            hint="a directory with config.json, tokenizer.json and *.safetensors, or a reachable Hugging Face id",
-        ) from None
-    vocabulary = Vocabulary.from_tokenizer(tokenizer.backend_tokenizer)
-    return BaseLM(model, TokenMap.between(vocabulary, large_vocabulary), spec)

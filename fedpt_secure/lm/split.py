@@ -25,6 +25,7 @@ from torch import nn
 
 from fedpt_secure.errors import ConfigError
 from fedpt_secure.lm.head_loss import SampledHead, head_loss
+from fedpt_secure.lm.output_bias import PARAMETER, head_bias_of
 from fedpt_secure.lm.output_classes import OutputClasses
 
 SPLITTABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -109,7 +110,8 @@ class SplitLM:
         """
         causal: Any = model.get_base_model()
         self._backbone: Any = causal.model
-        self._head: nn.Linear = causal.lm_head
+        self._head = _plain_head(causal)
+        self._head_bias = head_bias_of(model)
         self._compute = compute
         self._layer = min(trained)
         self._through = all(name.startswith(_DOWN_PROJ) for name in trained[self._layer])
@@ -173,7 +175,14 @@ class SplitLM:
             with torch.autocast(hidden.device.type, self._compute.dtype, enabled=self._lower):
                 judged = self._above(inputs_embeds=hidden, use_cache=False).last_hidden_state
         sampled = None if classes is None else self._sampled_head(frozen, classes)
-        return head_loss(judged[0].float(), frozen.head_weight, targets, sampled)
+        return head_loss(judged[0].float(), frozen.head_weight, targets, sampled, self._bias())
+
+    def _bias(self) -> torch.Tensor | None:
+        """The head's bias, by its layer: whoever watches the layer sees one example's gradient at it, `[1, 1, v]`."""
+        if self._head_bias is None:
+            return None
+        bias: torch.Tensor = self._head_bias(self._head.weight.new_zeros(1, 1, 1, dtype=torch.float32))
+        return bias[0, 0]
 
     def _sampled_head(self, frozen: _Frozen, classes: OutputClasses) -> SampledHead:
         """Gathered once for all examples of a step."""
@@ -308,16 +317,23 @@ def split_model(model: PeftModel, trained: Sequence[str], compute: TrainingCompu
     causal: Any = model.get_base_model()
     if getattr(causal.config, "model_type", None) not in SPLITTABLE:
         return None
-    head = getattr(causal, "lm_head", None)
+    head = _plain_head(causal) if head_bias_of(model) is not None else getattr(causal, "lm_head", None)
     if type(head) is not nn.Linear or head.bias is not None:  # an adapted head is a PEFT layer
         return None
     by_layer: dict[int, list[str]] = {}
     for name in trained:
+        if name.endswith(PARAMETER):
+            continue
         found = _LAYER.search(name)
         if found is None:
             return None
         by_layer.setdefault(int(found.group(1)), []).append(found.group(2))
     return SplitLM(model, by_layer, compute) if by_layer else None
+
+
+def _plain_head(causal: Any) -> nn.Linear:
+    head: nn.Linear = getattr(causal.lm_head, "base_layer", causal.lm_head)
+    return head
 
 
 def _with_modules(module: nn.Module, **replaced: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Per-example gradients of LoRA's B matrices from one forward and one backward pass.
+"""Per-example gradients of LoRA's B matrices, and of the head's bias, from one forward and one backward pass.
 
 Book-keeping (Bu et al. 2023, "Differentially private optimization on large model at small cost"): a linear layer's
 weight gradient for example i is g_i^T x_i, with x_i the layer's input and g_i the gradient at its output, both over the
@@ -46,10 +46,11 @@ def bookkeeping_gradients(
         part: what is trained; gradients are 0 elsewhere, and nothing is differentiated below its lowest layer.
 
     Raises:
-        PrivacyError: a trained parameter is not the weight of a linear layer without bias, or, from the function, such
-            a layer does not run exactly once, or sees no axis of examples.
+        PrivacyError: a trained parameter is not the weight, or the bias, of a linear layer of which nothing else is
+            trained, or, from the function, such a layer does not run exactly once, or sees no axis of examples.
     """
     layers = _trained_layers(small)
+    parameters = small.trainable
     columns = small.trains(part)
     trained = {index for index, count in enumerate(columns) if count}
     gradients: dict[int, torch.Tensor] = {}
@@ -61,7 +62,10 @@ def bookkeeping_gradients(
             def on_backward(g: torch.Tensor) -> None:
                 if index in gradients or x.dim() != 3:
                     raise PrivacyError("a trained layer runs twice, or not on [examples, positions, width]")
-                gradients[index] = torch.bmm(g.transpose(1, 2).float(), x[..., : columns[index]].float())
+                if layers[index].bias is parameters[index]:
+                    gradients[index] = g.float().sum(1)
+                else:
+                    gradients[index] = torch.bmm(g.transpose(1, 2).float(), x[..., : columns[index]].float())
 
             if not output.requires_grad:  # nothing below this layer is trained: the backward pass ends here
                 output.requires_grad_()
@@ -79,31 +83,38 @@ def bookkeeping_gradients(
         if gradients.keys() != trained or any(len(part) != len(batch) for part in gradients.values()):
             raise PrivacyError("a trained layer did not run once for each example")
         rows = []
-        for index, layer in enumerate(layers):
-            if columns[index] == layer.weight.shape[1]:
+        for index, parameter in enumerate(parameters):
+            if index in trained and gradients[index].shape[1:] == parameter.shape:
                 row = gradients.pop(index).cpu()
             else:
-                row = torch.zeros(len(batch), *layer.weight.shape)
+                row = torch.zeros(len(batch), *parameter.shape)
                 if index in trained:
                     row[..., : columns[index]] = gradients.pop(index).cpu()
-            rows.append(row.flatten(1))
-        return torch.cat(rows, dim=1)
+            rows.append(row)
+        return small.in_units(rows)
 
     with ExitStack() as undo:
         for index, layer in enumerate(layers):
-            layer.weight.requires_grad_(False)
-            undo.callback(layer.weight.requires_grad_, True)
+            parameters[index].requires_grad_(False)
+            undo.callback(parameters[index].requires_grad_, True)
             if index in trained:
                 undo.callback(layer.register_forward_hook(watch(index)).remove)
         yield compute
 
 
 def _trained_layers(small: SmallLM) -> list[torch.nn.Linear]:
+    """The layer that each trained parameter is of; of no layer are there two."""
     owners: dict[int, torch.nn.Linear] = {}
     for module in small.model.modules():
-        if isinstance(module, torch.nn.Linear) and module.bias is None:
-            owners[id(module.weight)] = module
+        if isinstance(module, torch.nn.Linear):
+            trained = [parameter for parameter in (module.weight, module.bias) if _is_trained(parameter)]
+            if len(trained) == 1:
+                owners[id(trained[0])] = module
     layers = [owners[id(parameter)] for parameter in small.trainable if id(parameter) in owners]
     if len(layers) != len(small.trainable):
-        raise PrivacyError("a trained parameter is not the weight of a linear layer without bias")
+        raise PrivacyError("a trained parameter is not alone of a linear layer to be trained")
     return layers
+
+
+def _is_trained(parameter: torch.Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad

@@ -91,7 +91,8 @@ def clipped_sum(
     Raises:
         PrivacyError: `clip_norm` is not a positive number within float32's range, the method is unknown or a pass
             has no examples, passes in bfloat16 would be shared, there are more examples than the grid can sum, another
-            method would sum a part or sample classes, or a model whose layers do not keep examples apart.
+            method would sum a part or sample classes, ghost clipping would train in units, or a model whose layers do
+            not keep examples apart.
     """
     if not clip_norm >= _SMALLEST_CLIP_NORM:
         raise PrivacyError(f"clip_norm is {clip_norm}, must be at least {_SMALLEST_CLIP_NORM:g}")
@@ -111,6 +112,10 @@ def clipped_sum(
         raise PrivacyError(f"method {method!r} sums gradients of whole adapters only")
     if classes is not None and (method != "bookkeeping" or examples_per_pass > 1):
         raise PrivacyError("a sampled softmax is for book-keeping of one example a pass")
+    if method == "ghost" and small.has_units:
+        raise PrivacyError(
+            "ghost clipping knows norms by the parameters themselves, not in the units of lora.output_bias"
+        )
     total = _GridSum(small.dimension, clip_norm)
     norms = np.zeros(len(examples))
     if method == "ghost":

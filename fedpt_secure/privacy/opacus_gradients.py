@@ -29,11 +29,11 @@ def hook_gradients(small: SmallLM, *, positions: SampledPositions | None = None)
 
     def compute(batch: Sequence[SmallExample]) -> torch.Tensor:
         _backward(example_losses(small, batch, positions=positions).sum())
-        samples = [parameter.grad_sample.flatten(1).cpu() for parameter in small.trainable]  # type: ignore[attr-defined]
+        samples = [parameter.grad_sample.cpu() for parameter in small.trainable]  # type: ignore[attr-defined]
         for parameter in small.trainable:
             parameter.grad_sample = None  # type: ignore[attr-defined]
             parameter.grad = None
-        return torch.cat(samples, dim=1)
+        return small.in_units(samples)
 
     with _training(small, hooks):
         yield compute

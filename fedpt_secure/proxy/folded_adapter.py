@@ -51,9 +51,14 @@ class FoldedAdapter:
             return None
         prefix, stack = layers
         numbers = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in lora]
-        if not all(numbers):
+        inside = [int(found[1]) for found in numbers if found]
+        # The head runs after all layers, on twice the rows as the last of them.
+        base: Any = model.get_base_model()
+        head = base.get_output_embeddings()
+        outside = sum(module is head for module in lora.values())
+        if not inside or len(inside) + outside < len(lora):
             return None
-        return cls(model, stack, plain, min(int(found[1]) for found in numbers if found))
+        return cls(model, stack, plain, min(inside))
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's output for `input_ids` `[batch, seq]`; its logits are `[2 * batch, seq, width]`.
@@ -115,12 +120,11 @@ def _stack(model: PeftModel) -> tuple[str, list[torch.nn.Module]] | None:
 
 
 def _plain(module: LoraLinear, adapter: Any) -> bool:
-    """Whether a LoRA layer computes `base(x) + scale * B A x` and nothing else."""
+    """Whether a LoRA layer computes `base(x) + scale * (B A x + its bias)` and nothing else."""
     return (
         isinstance(adapter, str)
         and set(module.lora_A) == {adapter}
         and not module.merged
         and not module.disable_adapters
-        and not module.lora_bias[adapter]
         and adapter not in module.lora_variant
     )

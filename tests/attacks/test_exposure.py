@@ -11,7 +11,7 @@ import torch
 from fedpt_secure.attacks.exposure import CANDIDATES, CHANCE_BITS, MOST_BITS, Exposure, by_repetition, exposure_of
 from fedpt_secure.data import TextTokenizer
 from fedpt_secure.data.planting import Secret
-from fedpt_secure.lm.small import builtin_directory
+from fedpt_secure.lm.base import builtin_directory
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
 

@@ -15,8 +15,8 @@ import torch
 
 from fedpt_secure.config import RunConfig, build, overlay
 from fedpt_secure.errors import ConfigError, DataError
+from fedpt_secure.lm.base import builtin_directory
 from fedpt_secure.lm.directions import FILE, Directions
-from fedpt_secure.lm.small import builtin_directory
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = [path.stem for path in BENCHMARKS.glob("utility*.py")]

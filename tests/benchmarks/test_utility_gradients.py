@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpt_secure.config import LoraSettings
-from fedpt_secure.lm.small import BaseLM, SmallLM
+from fedpt_secure.lm.base import BaseLM
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.privacy import SmallExample, clipped_sum, example_losses
 
@@ -20,6 +21,8 @@ ADAPTERS = {
     "last down_proj": {"rank": 3, "layers": 1, "modules": ("down_proj",)},
     "last layer": {"rank": 2, "layers": 1, "modules": ("q_proj", "v_proj", "up_proj", "down_proj")},
     "all layers": {"rank": 2, "layers": 0, "modules": ("o_proj", "down_proj")},
+    "last down_proj and the head's bias": {"rank": 3, "layers": 1, "modules": ("down_proj",), "output_bias": 0.2},
+    "all layers and the head's bias": {"rank": 2, "layers": 0, "modules": ("o_proj",), "output_bias": 0.2},
 }
 
 
@@ -43,8 +46,13 @@ def small_lm(adapter):
         max_position_embeddings=64,
     )
     base = BaseLM(LlamaForCausalLM(config), TokenMap.identity(VOCABULARY), "tiny")
-    ranking = np.arange(VOCABULARY)
-    small = SmallLM(base, LoraSettings(**ADAPTERS[adapter]), seed=0, device=torch.device("cpu"), class_ranking=ranking)
+    small = SmallLM(
+        base,
+        LoraSettings(**ADAPTERS[adapter]),
+        seed=0,
+        device=torch.device("cpu"),
+        class_counts=np.arange(VOCABULARY)[::-1].copy(),
+    )
     small.load_adapter_vector(np.random.default_rng(0).normal(0, 0.1, small.dimension).astype(np.float32))
     return small
 

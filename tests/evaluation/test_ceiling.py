@@ -29,8 +29,8 @@ from fedpt_secure.evaluation.direct_lora import (
     planned_batches,
 )
 from fedpt_secure.evaluation.held_out import black_box_losses
+from fedpt_secure.lm.base import builtin_directory
 from fedpt_secure.lm.large_weights import LargeWeights
-from fedpt_secure.lm.small import builtin_directory
 from fedpt_secure.proxy import LocalTransformersLM
 
 CPU = torch.device("cpu")

@@ -19,7 +19,8 @@ from fedpt_secure.federation.local_engine import draw_dropouts, run_round
 from fedpt_secure.federation.mechanisms import build_mechanism
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.federation.terms import client_randomness, config_digest
-from fedpt_secure.lm.small import BaseLM, SmallLM
+from fedpt_secure.lm.base import BaseLM
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.privacy import Budget, GaussianSteps, Ledger, SmallExample
 from fedpt_secure.progress import SILENT

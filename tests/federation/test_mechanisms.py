@@ -25,7 +25,8 @@ from fedpt_secure.federation.mechanisms import (
 )
 from fedpt_secure.federation.server import AggregationServer
 from fedpt_secure.federation.terms import calibrate, client_randomness, config_digest, require_meaningful_delta
-from fedpt_secure.lm.small import BaseLM, SmallLM
+from fedpt_secure.lm.base import BaseLM
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.privacy import (
     Budget,

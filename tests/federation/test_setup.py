@@ -10,7 +10,7 @@ from fedpt_secure.config import RunConfig, build
 from fedpt_secure.data import Cache
 from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.federation.setup import load_training_models
-from fedpt_secure.lm.small import builtin_directory
+from fedpt_secure.lm.base import builtin_directory
 from fedpt_secure.progress import SILENT
 
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from fedpt_secure.lm.small import builtin_directory, load_builtin_weights
+from fedpt_secure.lm.base import builtin_directory, load_builtin_weights
 from fedpt_secure.lm.vocabulary import Vocabulary
 
 DIRECTORY = builtin_directory()

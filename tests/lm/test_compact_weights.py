@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpt_secure.errors import ModelError
+from fedpt_secure.lm.base import load_builtin_weights
 from fedpt_secure.lm.compact_weights import compact, expand, expanded
-from fedpt_secure.lm.small import load_builtin_weights
 from fedpt_secure.lm.vocabulary import Vocabulary
 
 LARGEST_SCALED = 127 * 65504.0

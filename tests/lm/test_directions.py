@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import ConfigError, ModelError
+from fedpt_secure.lm.base import BaseLM
 from fedpt_secure.lm.directions import Directions, principal_directions
-from fedpt_secure.lm.small import BaseLM, SmallLM
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.token_map import TokenMap
 
 LAYER = "model.layers.1.mlp.down_proj"

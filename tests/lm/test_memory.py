@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedpt_secure.config import LoraSettings, RunConfig, build
 from fedpt_secure.errors import ConfigError
 from fedpt_secure.federation.tiers import require_memory
+from fedpt_secure.lm.base import BaseLM
 from fedpt_secure.lm.memory import training_memory
 from fedpt_secure.lm.part import WHOLE, TrainedPart
-from fedpt_secure.lm.small import BaseLM, SmallLM
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.split import TrainingCompute
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.privacy import SmallExample, example_loss

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedpt_secure.lm.head_loss import SampledHead, head_loss
-from fedpt_secure.lm.output_classes import OutputClasses, draw_classes, rank_classes
+from fedpt_secure.lm.output_classes import OutputClasses, count_classes, draw_classes, rank_classes
 
 WIDTH, VOCABULARY = 12, 60
 RANKING = np.random.default_rng(3).permutation(VOCABULARY).astype(np.int64)
@@ -26,7 +26,9 @@ def keys(count: int) -> list[bytes]:
 
 
 def test_classes_are_ranked_by_their_number_in_public_text_and_then_by_id():
-    assert rank_classes([[3, 3, 1], [5, 3], []], 7).tolist() == [3, 1, 5, 0, 2, 4, 6]
+    counts = count_classes([[3, 3, 1], [5, 3], []], 7)
+    assert counts.tolist() == [0, 1, 0, 3, 0, 1, 0]
+    assert rank_classes(counts).tolist() == [3, 1, 5, 0, 2, 4, 6]
 
 
 def test_half_are_the_most_frequent_and_half_a_sample_of_the_rest():

@@ -23,7 +23,8 @@ from transformers import (
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import ConfigError
 from fedpt_secure.lm import split as module
-from fedpt_secure.lm.small import BaseLM, SmallLM
+from fedpt_secure.lm.base import BaseLM
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.split import EXACT_COMPUTE, SPLITTABLE, TrainingCompute, training_dtype
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.privacy import SmallExample, example_losses

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import PrivacyError
-from fedpt_secure.lm.small import BaseLM, SmallLM
+from fedpt_secure.lm.base import BaseLM
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.privacy import SmallExample, clipped_sum, example_losses
 from fedpt_secure.privacy.bookkeeping import bookkeeping_gradients

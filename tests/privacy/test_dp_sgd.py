@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import PrivacyError
-from fedpt_secure.lm.small import BaseLM, SmallLM
+from fedpt_secure.lm.base import BaseLM
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.privacy import DpSgdSettings, SecureRandom, SmallExample, example_losses, train_locally
 

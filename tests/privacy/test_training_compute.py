@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpt_secure.config import LoraSettings, RunConfig, build
 from fedpt_secure.errors import ConfigError, PrivacyError
-from fedpt_secure.lm.small import BaseLM, SmallLM
+from fedpt_secure.lm.base import BaseLM
+from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.split import TrainingCompute
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.privacy import (
@@ -34,7 +35,13 @@ COMPUTES = {
     "bfloat16, kept": TrainingCompute(torch.bfloat16, 1 << 20),
     "bfloat16, kept in part": TrainingCompute(torch.bfloat16, 4_000),
 }
-ADAPTERS = {"last down_proj": (1, ("down_proj",)), "all of both layers": (0, ("q_proj", "o_proj", "down_proj"))}
+COUNTS = np.arange(VOCABULARY)[::-1].copy()
+ADAPTERS = {
+    "last down_proj": (1, ("down_proj",), 0.0),
+    "all of both layers": (0, ("q_proj", "o_proj", "down_proj"), 0.0),
+    "last down_proj and the head's bias": (1, ("down_proj",), 0.5),
+    "all of both layers and the head's bias": (0, ("q_proj", "o_proj", "down_proj"), 0.1),
+}
 POSITIONS = {"all": None, "sampled": SampledPositions(4, b"a key of 16 byte")}
 
 
@@ -49,9 +56,11 @@ def small_lm(compute: TrainingCompute, adapter: str = "last down_proj", **settin
         num_key_value_heads=1,
         max_position_embeddings=64,
     )
-    layers, modules = ADAPTERS[adapter]
+    layers, modules, output_bias = ADAPTERS[adapter]
     base = BaseLM(LlamaForCausalLM(config), TokenMap.identity(VOCABULARY), "tiny")
-    lora = LoraSettings(rank=2, layers=layers, modules=modules)
+    lora = LoraSettings(rank=2, layers=layers, modules=modules, output_bias=output_bias)
+    if output_bias:
+        settings["class_counts"] = COUNTS
     small = SmallLM(base, lora, seed=0, device=torch.device("cpu"), compute=compute, **settings)
     small.load_adapter_vector(np.random.default_rng(0).normal(0, 0.1, small.dimension).astype(np.float32))
     return small
@@ -117,7 +126,7 @@ def test_a_choice_of_positions_that_looks_at_other_records_moves_more_than_one_c
 
 def sampled_head_lm(compute, adapter="last down_proj"):
     """`small_lm` with a ranking, so that its head can be sampled."""
-    return small_lm(compute, adapter, class_ranking=np.arange(VOCABULARY))
+    return small_lm(compute, adapter, class_counts=COUNTS)
 
 
 @pytest.mark.parametrize("compute", COMPUTES.values(), ids=COMPUTES)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedpt_secure.lm.small import builtin_directory, load_builtin_weights
+from fedpt_secure.lm.base import builtin_directory, load_builtin_weights
 from fedpt_secure.lm.vocabulary import Vocabulary
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedpt_secure.lm.base import builtin_directory, load_builtin_weights
 from fedpt_secure.lm.compact_weights import compact, expand
-from fedpt_secure.lm.small import builtin_directory, load_builtin_weights
 from fedpt_secure.lm.vocabulary import Vocabulary
 
 VOCABULARY, WIDTH = 40, 16
