@@ -94,6 +94,7 @@ class Case:
             positions=training["sampled_positions"],
             classes=training.get("output_classes"),
             optimizer=training.get("server_optimizer", "adam"),
+            decay=training.get("average_decay", 0.0),
             scale=recipe.scale,
             warm_up=training.get("server_warm_up", 0),
             cool_down=training.get("server_cool_down", 0.0),

@@ -79,6 +79,7 @@ CASES: Mapping[str, Case] = {
     "8 positions": Case(positions=8),
     "sampled softmax, 2,048 classes": Case(classes=2048),
     "sampled softmax, 4,096 classes": Case(classes=4096),
+    "a bias of the head's classes": Case({"output_bias": 0.03}),
     "half the rounds, twice the records": Case(rounds=0.5, records=2.0),
     "twice the rounds, half the records": Case(rounds=2.0, records=0.5),
     "mode `local`": Case(mode="local"),

@@ -75,6 +75,21 @@ def test_the_released_adapter_is_the_average_of_the_iterates_and_training_goes_o
     assert np.array_equal(opened.models.small.adapter_vector(), expected)
 
 
+def test_a_run_that_trains_the_heads_bias_releases_it_in_logits_and_is_opened_with_it(tiny_settings, tmp_path):
+    config = changed({**tiny_settings, "insecure_deterministic": True}, lora={"output_bias": 0.25})
+    directory, result = run(config, tmp_path / "run", tmp_path / "cache")
+    small = open_finished(directory, cache=Cache(tmp_path / "cache"), progress=SILENT).models.small
+    vector, classes = small.adapter_vector(), small.token_map.small_vocabulary_size
+    assert np.array_equal(vector, directory.load_checkpoint().tensors["adapter"])
+    assert summarise(result)["training"]["trained_parameters"] == len(vector)
+    content = load_file(directory.adapter / "adapter_model.safetensors")
+    units = content["base_model.model.lm_head.lora_B.bias"] / vector[:classes]
+    assert np.array_equal(np.exp2(np.rint(np.log2(units))), units)
+    assert len(set(units.tolist())) > 1
+    assert vector[:classes].all()
+
+
+
 def test_the_servers_rate_is_what_the_pace_makes_of_it(tiny_settings, tmp_path):
     """One round is a tenth of a rise over ten: a tenth of the step."""
     adapters = []
