@@ -89,7 +89,6 @@ def test_a_run_that_trains_the_heads_bias_releases_it_in_logits_and_is_opened_wi
     assert vector[:classes].all()
 
 
-
 def test_the_servers_rate_is_what_the_pace_makes_of_it(tiny_settings, tmp_path):
     """One round is a tenth of a rise over ten: a tenth of the step."""
     adapters = []
