@@ -129,19 +129,31 @@ def _deep(rate: float, *, whitening: float, clients: int) -> Recipe:
     )
 
 
-DEPARTURES: Mapping[tuple[str, float], Recipe] = {
-    ("chat", math.inf): _deep(0.0015, whitening=0.0, clients=5),
-    ("chat", 8.0): Recipe(
+def _wide(rate: float, *, rounds: int, average_decay: float = 0.0) -> Recipe:
+    """Under noise: the common matrix, with a bias of the head's classes, by every record's every position.
+
+    Args:
+        rate: of the server's momentum, which unlike Adam's follows the noise.
+    """
+    return Recipe(
         {
+            "lora": {"output_bias": 0.03},
             "training": {
                 "sampled_positions": EVERY_POSITION,
                 "output_classes": 2048,
                 "server_optimizer": "momentum",
-                "server_learning_rate": 36.0,
-            }
+                "server_learning_rate": rate,
+                "average_decay": average_decay,
+            },
         },
-        Scale(rounds=56, clients=214, records=1850),
-    ),
+        Scale(rounds=rounds, clients=214, records=1850),
+    )
+
+
+DEPARTURES: Mapping[tuple[str, float], Recipe] = {
+    ("chat", math.inf): _deep(0.0015, whitening=0.0, clients=5),
+    ("chat", 8.0): _wide(27.0, rounds=64, average_decay=0.85),
+    ("chat", 4.0): _wide(15.0, rounds=48),
     ("medquad", math.inf): _deep(0.0025, whitening=0.5, clients=4),
     ("medquad", 8.0): Recipe(
         {"lora": {"rank": 512, "whitening": 0.5}, "training": {"sampled_positions": 64, "output_classes": 2048}},

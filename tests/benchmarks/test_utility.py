@@ -62,7 +62,7 @@ def test_it_prints_the_promised_object_and_keeps_the_ceiling(command):
     assert "epsilon <= 7.9" in result["privacy"]
     gap = result["arms"]["large_base"] - result["arms"]["large_tuned_directly"]
     gain = result["arms"]["large_base"] - result["arms"]["proxy_tuned"]
-    assert result["gap_closed"] == pytest.approx(gain / gap, abs=0.01)
+    assert result["gap_closed"] == pytest.approx(gain / gap, rel=0.01)  # arms are rounded, and this gap is small
 
     entry = json.loads(ceilings.read_text())[0]
     entry["losses"] = [value - 1.0 for value in entry["losses"]]  # found, not computed again
@@ -128,7 +128,7 @@ def test_minutes_scale_the_rounds_and_a_bad_setting_is_named(benchmark):
     utility, recipes = benchmark["utility"], benchmark["utility_recipe"]
     options = utility.parse(["--data", "chat", "--minutes", "15", "--set", "privacy.clip_norm=0.3"])
     records = records_of(benchmark, 100)
-    config = recipes.Recipe.of("chat", 4.0).for_records(utility.configuration(options), records, options.minutes)
+    config = recipes.Recipe.of("dolly", 4.0).for_records(utility.configuration(options), records, options.minutes)
     assert config.federation.rounds == recipes.SCALES[-1][1].rounds / 2
     assert config.privacy.clip_norm == 0.3
     assert config.privacy.mode == "distributed"
@@ -168,7 +168,7 @@ def test_the_built_in_model_ships_the_directions_that_the_recipe_trains(benchmar
 def test_a_departure_holds_for_its_data_set_and_noise_alone(benchmark):
     recipes = benchmark["utility_recipe"]
     of, scale = recipes.Recipe.of, recipes.Scale
-    assert of("dolly", 4.0) == of("dolly", math.inf) == of("chat", 7.99) == recipes.Recipe()
+    assert of("dolly", 4.0) == of("dolly", math.inf) == of("chat", 3.99) == recipes.Recipe()
     for data in ("chat", "medquad"):
         leasts = [least for name, least in recipes.DEPARTURES if name == data]
         assert leasts == sorted(leasts, reverse=True), "the first that fits must be the one with the largest epsilon"
@@ -176,6 +176,7 @@ def test_a_departure_holds_for_its_data_set_and_noise_alone(benchmark):
             assert of(data, least) is recipes.DEPARTURES[data, least]
     assert of("medquad", 7.99) is of("medquad", 0.5) is recipes.DEPARTURES["medquad", 0.0]
     assert of("chat", 1e6) is recipes.DEPARTURES["chat", 8.0]
+    assert of("chat", 7.99) is recipes.DEPARTURES["chat", 4.0]
     deep = of("chat", math.inf)
     config = build(RunConfig, overlay(deep.settings(), {"privacy": {"epsilon": math.inf}}))
     suited = deep.for_records(config, records_of(benchmark, 6184, clients=214))
@@ -189,10 +190,10 @@ def test_what_the_command_line_says_is_not_overridden_by_the_scale(benchmark):
     utility, of = benchmark["utility"], benchmark["utility_recipe"].Recipe.of
     said = ["federation.rounds=3", "federation.cohort=5", "privacy.sampling_rate=0.5", 'lora.modules=["q_proj"]']
     options = utility.parse(["--data", "chat", *(word for line in said for word in ("--set", line))])
-    config = of("chat", 4.0).for_records(utility.configuration(options), records_of(benchmark, 100))
+    config = of("dolly", 4.0).for_records(utility.configuration(options), records_of(benchmark, 100))
     assert (config.federation.rounds, config.federation.cohort, config.federation.minimum_survivors) == (3, 5, 5)
     assert (config.privacy.sampling_rate, config.lora.modules) == (0.5, ("q_proj",))
-    free = of("chat", 4.0).for_records(
+    free = of("dolly", 4.0).for_records(
         utility.configuration(utility.parse(["--data", "chat"])), records_of(benchmark, 10_000)
     )
     assert (free.federation.cohort, free.federation.minimum_survivors) == (20, 18)

@@ -169,6 +169,7 @@ def test_a_recipe_is_simulated_as_it_is_run(simulation, study):
     noised = study.DEPARTURES["chat", 8.0].settings()["training"]
     case = simulation.Case.of(study.DEPARTURES["chat", 8.0])
     assert (case.optimizer, case.classes) == (noised["server_optimizer"], noised["output_classes"])
+    assert (case.decay, case.lora["output_bias"]) == (noised["average_decay"], 0.03)
 
 
 def test_records_of_reported_figures_are_never_chosen_by(simulation):
