@@ -82,8 +82,10 @@ class SmallLM:
         if self.directions == "public" and base.directions is not None:
             _set_directions(self.model, base.directions, lora)
         for name, parameter in self.model.named_parameters():
-            in_head = f".{HEAD}." in name
-            parameter.requires_grad_(name.endswith(PARAMETER) if in_head else "lora_B.default.weight" in name)
+            if units is not None and f".{HEAD}." in name:
+                parameter.requires_grad_(name.endswith(PARAMETER))
+            else:
+                parameter.requires_grad_(name.endswith("lora_B.default.weight"))
         self.model.to(device)
         self.model.eval()
         self.device = device
@@ -113,7 +115,7 @@ class SmallLM:
     def trains(self, part: TrainedPart) -> list[int]:
         """How many columns of each trained parameter belong to a part, in the order of `adapter_vector`.
 
-        The head's bias is one column, and belongs to every part: a gradient comes by it on every way down.
+        The head's bias is one column, and belongs to every part: every gradient starts there.
 
         Raises:
             ModelError: there is no such part in this adapter.

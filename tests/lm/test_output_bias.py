@@ -166,6 +166,11 @@ def test_a_part_holds_the_bias_whatever_its_layers_and_rank():
         assert vector[:VOCABULARY].all()
 
 
+def test_an_adapter_of_the_head_is_trained_as_any_other():
+    small = small_lm(0.0, modules=("lm_head",), layers=0)
+    assert small.trained_names == ["base_model.model.lm_head.lora_B.default.weight"]
+
+
 def test_ghost_clipping_is_refused():
     with pytest.raises(PrivacyError, match="ghost"):
         clipped_sum(small_lm(), EXAMPLES, clip_norm=1.0, method="ghost")
