@@ -82,18 +82,18 @@ class RecordSums:
 
         Returns: float64 `[d]`, in the order of `SmallLM.adapter_vector`; float64 `[chosen]`.
         """
-        total = torch.zeros(self._small.dimension, dtype=torch.float64)
+        sums = [torch.zeros(p.numel(), dtype=torch.float64, device=p.device) for p in self._small.trainable]
         norms = []
         for start in range(0, len(chosen), self._at_once):
             records = torch.from_numpy(chosen[start : start + self._at_once]).to(self._small.device)
             self._sampled = self._sampled_head(classes, generator)
             gradients = self._gradients(records, *self._drawn(records, positions, generator))
-            norm = gradients.double().square().sum(1).sqrt()
+            norm = torch.stack([gradient.double().square().sum(1) for gradient in gradients]).sum(0).sqrt()
             scales = (clip_norm / norm.clamp(min=1e-30)).clamp(max=1.0).float()
-            total = total.to(gradients.device)
-            total += scales @ gradients
+            for total, gradient in zip(sums, gradients, strict=True):
+                total += scales @ gradient
             norms.append(norm)
-        return total.cpu().numpy(), (torch.cat(norms).cpu().numpy() if norms else np.zeros(0))
+        return torch.cat(sums).cpu().numpy(), (torch.cat(norms).cpu().numpy() if norms else np.zeros(0))
 
     @torch.no_grad()
     def logits(self, records: Sequence[int]) -> Tensor:
@@ -130,8 +130,8 @@ class RecordSums:
         rows = keys.topk(positions, dim=1, largest=False).indices
         return rows, rows < available[:, None]
 
-    def _gradients(self, records: Tensor, rows: Tensor, counted: Tensor) -> Tensor:
-        """Per-record gradients by `SmallLM.adapter_vector`'s entries, float32 `[n, d]`."""
+    def _gradients(self, records: Tensor, rows: Tensor, counted: Tensor) -> list[Tensor]:
+        """Per-record gradients by `SmallLM.adapter_vector`'s entries, float32 `[n, entries]` of each parameter."""
         positions = self._loss_from[records][:, None] + rows
         targets = self._ids[records].gather(1, positions.clamp(max=self._ids.shape[1] - 1))
         with _watched(self._layers) as gradients:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from fedpt_secure.lm.base import builtin_directory, load_builtin_weights
 from fedpt_secure.lm.directions import FILE, Directions, principal_directions
-from fedpt_secure.lm.split import layer_of
+from fedpt_secure.lm.part import layer_of
 from fedpt_secure.lm.vocabulary import Vocabulary
 
 MODULES = ("q_proj", "o_proj", "gate_proj", "down_proj")

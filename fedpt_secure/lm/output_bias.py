@@ -20,8 +20,9 @@ differentiate with respect to `beta`, which is a function of a record and the we
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -33,6 +34,7 @@ from transformers import PreTrainedModel
 
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import ConfigError
+from fedpt_secure.lm.part import layer_of
 
 FLOOR: Final = 3e-4
 """Added to a class's frequency."""
@@ -65,27 +67,25 @@ def with_output_bias(config: LoraConfig, model: PreTrainedModel, lora: LoraSetti
             hint="lora.output_bias = 0",
         )
     depth = model.config.num_hidden_layers
-    first = depth - lora.layers if lora.layers else 0
+    adapted = range(depth - lora.layers if lora.layers else 0, depth)
     # By full names: PEFT's choice of layers would leave out the head, which lies in none.
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.rpartition(".")[2] in lora.modules
-        and any(f".layers.{index}." in f".{name}" for index in range(first, depth))
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in lora.modules and layer_of(name) in adapted
     ]
     if not names:
-        raise ConfigError(f"the small LM has no linear layer called {' or '.join(lora.modules)}", hint="lora.modules")
-    changes: Mapping[str, Any] = {
-        "target_modules": [*names, HEAD],
-        "layers_to_transform": None,
-        "rank_pattern": {HEAD: 1},
-        "alpha_pattern": {HEAD: 1},
-        "lora_bias": True,
-    }
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
+        raise ConfigError(
+            f"no layer of the small LM has a linear layer called {' or '.join(lora.modules)}", hint="see lora.modules"
+        )
+    return replace(
+        config,
+        target_modules=[*names, HEAD],
+        layers_to_transform=None,
+        rank_pattern={HEAD: 1},
+        alpha_pattern={HEAD: 1},
+        lora_bias=True,
+    )
 
 
 @contextmanager

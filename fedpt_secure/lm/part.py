@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +26,15 @@ class TrainedPart:
 
 WHOLE = TrainedPart()
 """The whole adapter."""
+
+
+def place_of(name: str) -> tuple[int, str] | None:
+    """The layer that a parameter or module of this name is in, and its name there; None outside the layers."""
+    found = _LAYER.search(name)
+    return None if found is None else (int(found.group(1)), found.group(2))
+
+
+def layer_of(name: str) -> int | None:
+    """The layer alone."""
+    place = place_of(name)
+    return None if place is None else place[0]

@@ -19,8 +19,8 @@ from fedpt_secure.lm.base import BaseLM
 from fedpt_secure.lm.directions import Directions
 from fedpt_secure.lm.output_bias import HEAD, PARAMETER, class_units, expected_warnings, with_output_bias
 from fedpt_secure.lm.output_classes import OutputClasses, draw_classes, rank_classes
-from fedpt_secure.lm.part import TrainedPart
-from fedpt_secure.lm.split import EXACT_COMPUTE, SplitLM, TrainingCompute, layer_of, split_model
+from fedpt_secure.lm.part import TrainedPart, layer_of
+from fedpt_secure.lm.split import EXACT_COMPUTE, SplitLM, TrainingCompute, split_model
 
 FloatVector = npt.NDArray[np.float32]
 
@@ -143,19 +143,17 @@ class SmallLM:
             masks.append(np.broadcast_to(np.arange(width) < columns, (rows, width)).reshape(-1))
         return np.concatenate(masks)
 
-    def in_units(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    def in_units(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Per-example gradients by the trained parameters, made those by `adapter_vector`'s entries.
 
         Args:
-            gradients: `[n, ...]` of each trained parameter, in the order of `trainable`, on one device.
+            gradients: `[n, ...]` of each trained parameter, in the order of `trainable`.
 
-        Returns: float32 `[n, dimension]`.
+        Returns: `[n, entries]` of each; side by side they are `[n, dimension]`.
         """
         rows = [gradient.flatten(1) for gradient in gradients]
-        return torch.cat(
-            [row if unit is None else row * unit.to(row.device) for row, unit in zip(rows, self._units, strict=True)],
-            dim=1,
-        )
+        units = zip(rows, self._units, strict=True)
+        return [row if unit is None else row * unit.to(row.device) for row, unit in units]
 
     @property
     def has_units(self) -> bool:
@@ -292,7 +290,9 @@ def _bias_units(base: BaseLM, lora: LoraSettings, class_counts: npt.NDArray[np.i
 def _set_directions(model: PeftModel, directions: Directions, lora: LoraSettings) -> None:
     prefix = "base_model.model."
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A and name != prefix + HEAD:
+        if lora.output_bias and name == prefix + HEAD:
+            continue  # its A is multiplied by zero
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
             a = directions.lora_a(name.removeprefix(prefix), lora.rank, whitening=lora.whitening)
             with torch.no_grad():
                 module.lora_A["default"].weight.copy_(a)

@@ -14,7 +14,6 @@ the layer, and its input is kept.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +26,11 @@ from fedpt_secure.errors import ConfigError
 from fedpt_secure.lm.head_loss import SampledHead, head_loss
 from fedpt_secure.lm.output_bias import PARAMETER, head_bias_of
 from fedpt_secure.lm.output_classes import OutputClasses
+from fedpt_secure.lm.part import place_of
 
 SPLITTABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose model is embeddings, layers, a norm and a linear head, and whose layers end in `h + mlp(norm(h))`."""
 
-_LAYER = re.compile(r"\.layers\.(\d+)\.(.+)")
 _DOWN_PROJ = "mlp.down_proj."
 
 
@@ -256,12 +255,6 @@ class SplitLM:
         return below, taps[0] if taps else None
 
 
-def layer_of(name: str) -> int | None:
-    """Index of the layer that a parameter of this name is in; None outside the layers."""
-    found = _LAYER.search(name)
-    return None if found is None else int(found.group(1))
-
-
 class _Skip(nn.Module):
     """In the place of a layer that has been run already."""
 
@@ -317,17 +310,18 @@ def split_model(model: PeftModel, trained: Sequence[str], compute: TrainingCompu
     causal: Any = model.get_base_model()
     if getattr(causal.config, "model_type", None) not in SPLITTABLE:
         return None
-    head = _plain_head(causal) if head_bias_of(model) is not None else getattr(causal, "lm_head", None)
-    if type(head) is not nn.Linear or head.bias is not None:  # an adapted head is a PEFT layer
+    adapted = head_bias_of(model) is not None  # by nothing but a bias; otherwise an adapted head is a PEFT layer
+    head = _plain_head(causal) if adapted else getattr(causal, "lm_head", None)
+    if type(head) is not nn.Linear or head.bias is not None:
         return None
     by_layer: dict[int, list[str]] = {}
     for name in trained:
         if name.endswith(PARAMETER):
             continue
-        found = _LAYER.search(name)
-        if found is None:
+        place = place_of(name)
+        if place is None:
             return None
-        by_layer.setdefault(int(found.group(1)), []).append(found.group(2))
+        by_layer.setdefault(place[0], []).append(place[1])
     return SplitLM(model, by_layer, compute) if by_layer else None
 
 

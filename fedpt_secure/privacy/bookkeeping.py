@@ -91,7 +91,7 @@ def bookkeeping_gradients(
                 if index in trained:
                     row[..., : columns[index]] = gradients.pop(index).cpu()
             rows.append(row)
-        return small.in_units(rows)
+        return torch.cat(small.in_units(rows), dim=1)
 
     with ExitStack() as undo:
         for index, layer in enumerate(layers):

@@ -33,7 +33,7 @@ def hook_gradients(small: SmallLM, *, positions: SampledPositions | None = None)
         for parameter in small.trainable:
             parameter.grad_sample = None  # type: ignore[attr-defined]
             parameter.grad = None
-        return small.in_units(samples)
+        return torch.cat(small.in_units(samples), dim=1)
 
     with _training(small, hooks):
         yield compute

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import ConfigError, PrivacyError
 from fedpt_secure.lm.base import BaseLM
+from fedpt_secure.lm.directions import Directions
 from fedpt_secure.lm.output_bias import FLOOR, class_units
 from fedpt_secure.lm.part import TrainedPart
 from fedpt_secure.lm.small import SmallLM
@@ -35,8 +36,8 @@ def base_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def small_lm(output_bias=0.1, counts=COUNTS, base=None, **lora) -> SmallLM:
-    base = BaseLM(base or base_model(), TokenMap.identity(VOCABULARY), "tiny")
+def small_lm(output_bias=0.1, counts=COUNTS, public=None, **lora) -> SmallLM:
+    base = BaseLM(base_model(), TokenMap.identity(VOCABULARY), "tiny", public)
     settings = LoraSettings(**({"rank": 2, "output_bias": output_bias} | lora))
     return SmallLM(base, settings, seed=0, device=torch.device("cpu"), class_counts=counts)
 
@@ -68,6 +69,10 @@ def test_the_vector_has_one_entry_more_for_each_class_and_no_bias_leaves_all_as_
 
 def test_a_fresh_adapter_changes_nothing():
     assert torch.equal(logits(small_lm().model), logits(base_model()))
+    layer = "model.layers.1.mlp.down_proj"
+    public = small_lm(public=Directions({layer: torch.eye(32)[:2]}, {layer: torch.ones(2)}))
+    assert public.directions == "public"
+    assert torch.equal(logits(public.model), logits(base_model()))
 
 
 def test_the_vector_comes_back_to_the_last_bit():
@@ -169,6 +174,11 @@ def test_a_part_holds_the_bias_whatever_its_layers_and_rank():
 def test_an_adapter_of_the_head_is_trained_as_any_other():
     small = small_lm(0.0, modules=("lm_head",), layers=0)
     assert small.trained_names == ["base_model.model.lm_head.lora_B.default.weight"]
+    layer = "model.layers.1.mlp.down_proj"
+    elsewhere = Directions({layer: torch.eye(32)[:2]}, {layer: torch.ones(2)})
+    # Not quietly made a random one.
+    with pytest.raises(ConfigError, match="lm_head"):
+        small_lm(0.0, modules=("lm_head",), layers=0, directions="public", public=elsewhere)
 
 
 def test_ghost_clipping_is_refused():
