@@ -6,6 +6,7 @@ Settings are checked once, here; the inside of the package trusts them. All erro
 from fedpt_secure.config.data import DataConfig
 from fedpt_secure.config.federation import (
     SMALLEST_COHORT,
+    ClassesBy,
     FederationConfig,
     Tier,
     TrainingConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "Alpha",
     "ApiConfig",
     "AuditConfig",
+    "ClassesBy",
     "Count",
     "DataConfig",
     "EvaluationConfig",

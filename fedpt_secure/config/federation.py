@@ -6,12 +6,13 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedpt_secure.config.settings import Count, Fraction, Positive, Settings
 from fedpt_secure.crypto import default_threshold
 from fedpt_secure.errors import ConfigError
 
+ClassesBy = Literal["frequency", "record"]
 SMALLEST_COHORT = 8
 """Clients that a default round sums at least, where there are so many."""
 
@@ -98,8 +99,11 @@ class TrainingConfig(Settings):
     sampled_positions: Count | None = None
     """Most loss tokens of a record that a step looks at, chosen by the client, anew in each; default: all of them."""
     output_classes: Annotated[int, Field(ge=2)] | None = None
-    """Classes that a step's softmax is over, beside each token's own: the most frequent half by public text, the rest
-    a sample, drawn by the client anew in each step (docs/dp_training.md); default: the whole head."""
+    """Classes that a step's softmax is over, beside each token's own: some that are chosen, the rest a sample, drawn by
+    the client anew in each step (docs/dp_training.md); default: the whole head."""
+    output_classes_by: ClassesBy = "frequency"
+    """What chooses: `frequency`, half of them, by public text; `record`, two thirds, those that the small LM thinks
+    likeliest in that record before any training, for adapters of the last layer's `down_proj` alone."""
     server_optimizer: Literal["average", "momentum", "adam"] = "adam"
     """What the server makes of the mean update (post-processing): FedAvg, FedAvgM or FedAdam (Reddi et al. 2021)."""
     server_learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 0.05
@@ -113,6 +117,15 @@ class TrainingConfig(Settings):
     (post-processing); 0 releases the last one."""
     update_bound: Positive = 1.0
     """Each coordinate of a client's update is clipped to this before encoding."""
+
+    @model_validator(mode="after")
+    def _classes_are_sampled(self) -> TrainingConfig:
+        if self.output_classes_by != "frequency" and self.output_classes is None:
+            raise ValueError(
+                f"output_classes_by is {self.output_classes_by!r}, and output_classes is not set: the softmax is over "
+                "the whole head, and nothing is chosen"
+            )
+        return self
 
 
 def withstood(cohort: int) -> int:

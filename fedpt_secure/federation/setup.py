@@ -186,7 +186,15 @@ def _small(config: RunConfig, base: BaseLM, tokenizer: TextTokenizer, device: to
         token_map = base.token_map
         public = (token_map.to_small(tokenizer.ids(passage)) for passage in _public_passages())
         counts = count_classes(public, token_map.small_vocabulary_size)
-    small = SmallLM(base, config.lora, seed=config.seed, device=device, compute=compute, class_counts=counts)
+    small = SmallLM(
+        base,
+        config.lora,
+        seed=config.seed,
+        device=device,
+        compute=compute,
+        class_counts=counts,
+        classes_by=config.training.output_classes_by,
+    )
     small.output_classes(classes, key=b"")  # one that cannot be trained so is refused now, not in a client's round
     return small
 

@@ -1,15 +1,18 @@
-"""Which classes of the head a training step's softmax is over: the frequent ones, and a sample of the others.
+"""Which classes of the head a training step's softmax is over: those that matter most, and a sample of the others.
 
 A head of V classes costs 4 T V H multiplications for T positions of width H, most of a step where little of the rest is
 trained. A *sampled softmax* (Jean et al. 2015, arXiv 1412.2007, section 3; Bengio and Senecal 2008) replaces the sum
-over all classes in its denominator by an estimate: here the K most frequent classes are summed, the other V - K are
-estimated from m of them, uniform without replacement, each standing for (V - K) / m. A position's own class is
-always there, by itself.
+over all classes in its denominator by an estimate: here K classes are summed, the other V - K are estimated from m of
+them, uniform without replacement, each standing for (V - K) / m. A position's own class is always there, by itself.
 
-**The choice is public**: it follows from the ranking (counts over public text) and a key that no data have touched. So
-for every value of the key an example's gradient is a function of the weights and of that example, as with the whole
-head: whatever sensitivity holds for one holds for the other. The gradient is not unbiased (the denominator's estimate
-is), and its error falls with the number of classes; docs/dp_training.md has what it costs in utility.
+The K are the most frequent ones by public text (`draw_classes`), or each example's own (`ClassDraw`): those that the
+frozen base thinks likeliest in it (`likely_classes`), fewer of which do.
+
+**Sensitivity is as with the whole head.** Public counts and a key that no data have touched decide what is shared by a
+step's examples; an example's own classes follow from public weights and from that example alone. So for every value of
+the key an example's gradient is a function of the weights and of that example: whatever sensitivity holds for one holds
+for the other. Classes by a client's other records would break that. The gradient is not unbiased (the denominator's
+estimate is), and its error falls with the number of classes; docs/dp_training.md has what it costs in utility.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+
+_BLOCK_ROWS = 128
 
 Ranking = npt.NDArray[np.int64]
 """All classes, the most frequent first."""
@@ -40,6 +45,34 @@ class OutputClasses:
     rows: torch.Tensor
     log_weights: torch.Tensor
     places: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClassDraw:
+    """One step's draw where every example has likely classes of its own.
+
+    Attributes:
+        own: K, an example's likely classes.
+        order: int64 [K + m], distinct classes, uniform without replacement: the rest of an example is the first m of
+            them that are not its own.
+        classes: V.
+    """
+
+    own: int
+    order: torch.Tensor
+    classes: int
+
+    def with_own(self, likely: torch.Tensor) -> OutputClasses:
+        """The classes of an example whose likely ones are int64 `[own]`, distinct."""
+        order = self.order.to(likely.device)
+        mine = torch.zeros(self.classes, dtype=torch.bool, device=likely.device)
+        mine[likely] = True
+        rest = order[~mine[order]][: len(order) - self.own]
+        return _classes(likely, rest, self.classes)
+
+
+StepClasses = OutputClasses | ClassDraw
+"""What a step's softmax is over."""
 
 
 def count_classes(texts: Iterable[Sequence[int]], classes: int) -> npt.NDArray[np.int64]:
@@ -69,11 +102,52 @@ def draw_classes(ranking: Ranking, count: int, *, key: bytes) -> OutputClasses:
     """
     frequent = count // 2
     rest = ranking[frequent:]
+    drawn = _generator(key).choice(rest, count - frequent, replace=False)
+    return _classes(torch.from_numpy(ranking[:frequent]), torch.from_numpy(drawn), len(ranking))
+
+
+def draw_rest(classes: int, count: int, *, key: bytes) -> ClassDraw:
+    """For two thirds of `count` that are an example's own and a third drawn from the rest.
+
+    Args:
+        classes: V.
+        count: at least 3, below V.
+        key: as in `draw_classes`.
+    """
+    own = count - count // 3
+    order = _generator(key).choice(classes, count, replace=False)
+    return ClassDraw(own, torch.from_numpy(order.astype(np.int64)), classes)
+
+
+@torch.no_grad()
+def likely_classes(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
+    """An example's own classes: its targets, and those of most probability, summed over its positions.
+
+    Args:
+        hidden: [positions, width], what the head reads where nothing has been trained.
+        weight: of the head, [V, width].
+        targets: int64 [positions].
+        count: at most V. Of more different targets than that, which are left out is arbitrary.
+
+    Returns: int64 [count], distinct.
+    """
+    mass = torch.zeros(len(weight), device=weight.device)
+    for rows in torch.split(hidden, _BLOCK_ROWS):
+        mass += torch.softmax((rows.to(weight.dtype) @ weight.T).float(), dim=1).sum(0)
+    mass[targets] += len(targets) + 1.0  # above any that is no target
+    return mass.topk(count).indices
+
+
+def _generator(key: bytes) -> np.random.Generator:
     seed = hashlib.blake2b(b"output classes", key=key[:64], digest_size=16).digest()
-    drawn = np.random.default_rng(int.from_bytes(seed, "little")).choice(rest, count - frequent, replace=False)
-    rows = torch.from_numpy(np.concatenate([ranking[:frequent], drawn]))
-    log_weights = torch.zeros(count)
-    log_weights[frequent:] = math.log(len(rest) / len(drawn))
-    places = torch.full((len(ranking),), -1, dtype=torch.int64)
-    places[rows] = torch.arange(count)
+    return np.random.default_rng(int.from_bytes(seed, "little"))
+
+
+def _classes(summed: torch.Tensor, drawn: torch.Tensor, classes: int) -> OutputClasses:
+    """Classes that stand for themselves, and some of the rest for all of it."""
+    rows = torch.cat([summed, drawn])
+    log_weights = torch.zeros(len(rows), device=rows.device)
+    log_weights[len(summed) :] = math.log((classes - len(summed)) / len(drawn))
+    places = torch.full((classes,), -1, dtype=torch.int64, device=rows.device)
+    places[rows] = torch.arange(len(rows), device=rows.device)
     return OutputClasses(rows, log_weights, places)

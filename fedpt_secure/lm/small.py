@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from fedpt_secure.config import LoraSettings
+from fedpt_secure.config import ClassesBy, LoraSettings
 from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.lm.base import BaseLM
 from fedpt_secure.lm.directions import Directions
 from fedpt_secure.lm.output_bias import HEAD, PARAMETER, class_units, expected_warnings, with_output_bias
-from fedpt_secure.lm.output_classes import OutputClasses, draw_classes, rank_classes
+from fedpt_secure.lm.output_classes import StepClasses, draw_classes, draw_rest, rank_classes
 from fedpt_secure.lm.part import TrainedPart, layer_of
 from fedpt_secure.lm.split import EXACT_COMPUTE, SplitLM, TrainingCompute, split_model
 
@@ -43,12 +43,15 @@ class SmallLM:
         device: torch.device,
         compute: TrainingCompute = EXACT_COMPUTE,
         class_counts: npt.NDArray[np.int64] | None = None,
+        classes_by: ClassesBy = "frequency",
     ) -> None:
         """Attach a fresh adapter.
 
         Args:
             compute: how gradients are computed.
-            class_counts: of the head's classes in public text, for a sampled softmax and for `lora.output_bias`.
+            class_counts: of the head's classes in public text, for a sampled softmax by frequency and for
+                `lora.output_bias`.
+            classes_by: what chooses the classes of a sampled softmax that are not drawn.
 
         Raises:
             ConfigError: the base has none of the modules, or fewer layers, than the settings name, or its head cannot
@@ -90,6 +93,7 @@ class SmallLM:
         self.model.eval()
         self.device = device
         self.compute = compute
+        self._classes_by = classes_by
         self._class_ranking = None if class_counts is None else rank_classes(class_counts)
         self.token_map = base.token_map
         self.name = base.name
@@ -172,15 +176,25 @@ class SmallLM:
             self._splits_of_parts[part.layers] = split_model(self.model, names, self.compute)
         return self._splits_of_parts[part.layers]
 
-    def output_classes(self, count: int | None, *, key: bytes) -> OutputClasses | None:
+    def output_classes(self, count: int | None, *, key: bytes) -> StepClasses | None:
         """A step's classes for a sampled softmax (`lm.output_classes`); None for None: all of them.
 
         Raises:
-            ConfigError: it has no ranking, cannot be cut, or has no more classes than are asked for.
+            ConfigError: it has no more classes than are asked for, cannot be cut, or has no ranking; or the record is
+                to choose, and more is trained than the last layer's `down_proj` and the head's bias.
         """
         if count is None:
             return None
         classes = self.token_map.small_vocabulary_size
+        if self._classes_by == "record":
+            if self.split is None or not self.split.knows_base or not 3 <= count < classes:
+                raise ConfigError(
+                    f'training.output_classes is {count} and training.output_classes_by is "record"; that needs at '
+                    f"least 3 and fewer than the {classes} classes of a small LM of the Llama kind, of which nothing "
+                    "but the last layer's down_proj (and lora.output_bias) is trained",
+                    hint='training.output_classes_by = "frequency" suits any adapter',
+                )
+            return draw_rest(classes, count, key=key)
         if self._class_ranking is None or self.split is None or not 2 <= count < classes:
             raise ConfigError(
                 f"training.output_classes is {count}; it must be at least 2 and below the {classes} classes of a small "

@@ -25,7 +25,7 @@ from torch import nn
 from fedpt_secure.errors import ConfigError
 from fedpt_secure.lm.head_loss import SampledHead, head_loss
 from fedpt_secure.lm.output_bias import PARAMETER, head_bias_of
-from fedpt_secure.lm.output_classes import OutputClasses
+from fedpt_secure.lm.output_classes import ClassDraw, OutputClasses, StepClasses, likely_classes
 from fedpt_secure.lm.part import place_of
 
 SPLITTABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -126,11 +126,17 @@ class SplitLM:
         self._frozen_part: _Frozen | None = None
         self._cache: dict[tuple[tuple[int, ...], int], Activations] = {}
         self._cached_bytes = 0
+        self._likely: dict[tuple[tuple[int, ...], int], torch.Tensor] = {}
         self._sampled: tuple[OutputClasses, _Frozen, SampledHead] | None = None
 
     @property
+    def knows_base(self) -> bool:
+        """Whether what is below the cut says what the model would predict without its adapter."""
+        return self._by_position
+
+    @property
     def cached_bytes(self) -> int:
-        """Bytes of kept activations, at most the bound."""
+        """Bytes of kept activations and likely classes, at most the bound."""
         return self._cached_bytes
 
     @property
@@ -140,12 +146,13 @@ class SplitLM:
 
     def forget(self, ids: tuple[int, ...], loss_from: int) -> None:
         """Drop what is kept of an example, if anything is; it is computed again when it is asked for again."""
-        kept = self._cache.pop(self._key(ids, loss_from), None)
-        if kept is not None:
-            self._cached_bytes -= kept.nbytes
+        key = self._key(ids, loss_from)
+        for kept in (self._cache.pop(key, None), self._likely.pop(key, None)):
+            if kept is not None:
+                self._cached_bytes -= kept.nbytes
 
     def loss(
-        self, ids: tuple[int, ...], loss_from: int, rows: torch.Tensor, classes: OutputClasses | None = None
+        self, ids: tuple[int, ...], loss_from: int, rows: torch.Tensor, classes: StepClasses | None = None
     ) -> torch.Tensor:
         """Mean negative log-likelihood (nats per token) over some of an example's predictions.
 
@@ -154,6 +161,9 @@ class SplitLM:
             loss_from: first position that may be predicted with loss.
             rows: int64 [n]; row i stands for the prediction of position `loss_from + i`.
             classes: what the softmax is over, beside each prediction's own class; all if None.
+
+        Raises:
+            ConfigError: classes of the example's own are asked for, and `knows_base` is false.
         """
         frozen = self._refreshed()
         activations = self._activations(frozen, ids, loss_from)
@@ -173,7 +183,11 @@ class SplitLM:
             self._last.rows = loss_from - 1 + rows
             with torch.autocast(hidden.device.type, self._compute.dtype, enabled=self._lower):
                 judged = self._above(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        sampled = None if classes is None else self._sampled_head(frozen, classes)
+        if isinstance(classes, ClassDraw):
+            likely = self._likely_classes(frozen, ids, loss_from, activations, classes.own)
+            sampled: SampledHead | None = SampledHead.of(frozen.head_weight, classes.with_own(likely))
+        else:
+            sampled = None if classes is None else self._sampled_head(frozen, classes)
         return head_loss(judged[0].float(), frozen.head_weight, targets, sampled, self._bias())
 
     def _bias(self) -> torch.Tensor | None:
@@ -188,6 +202,25 @@ class SplitLM:
         if self._sampled is None or self._sampled[0] is not classes or self._sampled[1] is not frozen:
             self._sampled = classes, frozen, SampledHead.of(frozen.head_weight, classes)
         return self._sampled[2]
+
+    def _likely_classes(
+        self, frozen: _Frozen, ids: tuple[int, ...], loss_from: int, activations: Activations, count: int
+    ) -> torch.Tensor:
+        """An example's own classes, by all its positions with loss whichever a step looks at; kept like activations."""
+        if not self.knows_base:
+            raise ConfigError("classes by the record need an adapter of nothing but the last layer's down_proj")
+        key = self._key(ids, loss_from)
+        kept = self._likely.get(key)
+        if kept is None or len(kept) != count:
+            targets = torch.tensor(ids[loss_from:], device=activations.below.device)
+            hidden = self._backbone.norm(activations.below.float())
+            computed = likely_classes(hidden, frozen.head_weight, targets, count).int()
+            held = 0 if kept is None else kept.nbytes
+            if self._cached_bytes + computed.nbytes - held <= self._compute.cache_bytes:
+                self._likely[key] = computed
+                self._cached_bytes += computed.nbytes - held
+            kept = computed
+        return kept.long()
 
     @property
     def _lower(self) -> bool:
@@ -223,6 +256,7 @@ class SplitLM:
         versions = tuple((parameter.data_ptr(), parameter._version) for parameter in self._frozen_parameters())
         if self._frozen_part is None or versions != self._frozen_part.versions:
             self._cache.clear()
+            self._likely.clear()
             self._cached_bytes = 0
             below, tap = self._build_below()
             self._frozen_part = _Frozen(versions, below, tap, self._head.weight.detach().to(self._compute.dtype))
@@ -230,7 +264,12 @@ class SplitLM:
 
     def _frozen_parameters(self) -> list[nn.Parameter]:
         layers = self._backbone.layers
-        modules: list[nn.Module] = [self._head, self._backbone.embed_tokens, *layers[: self._layer]]
+        modules: list[nn.Module] = [
+            self._head,
+            self._backbone.norm,
+            self._backbone.embed_tokens,
+            *layers[: self._layer],
+        ]
         parameters = [parameter for module in modules for parameter in module.parameters()]
         if self._through:
             parameters += [p for name, p in layers[self._layer].named_parameters() if ".lora_B." not in name]

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from fedpt_secure.errors import PrivacyError
-from fedpt_secure.lm.output_classes import OutputClasses
+from fedpt_secure.lm.output_classes import StepClasses
 from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.examples import SampledPositions, SmallExample, example_loss, example_losses
@@ -33,7 +33,7 @@ def bookkeeping_gradients(
     small: SmallLM,
     *,
     positions: SampledPositions | None = None,
-    classes: OutputClasses | None = None,
+    classes: StepClasses | None = None,
     part: TrainedPart = WHOLE,
 ) -> Iterator[ExampleGradients]:
     """Yield the function; on leaving, the model is as it was.

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from fedpt_secure.errors import PrivacyError
-from fedpt_secure.lm.output_classes import OutputClasses
+from fedpt_secure.lm.output_classes import StepClasses
 from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.bookkeeping import bookkeeping_gradients
@@ -58,7 +58,7 @@ def clipped_sum(
     method: Method = "bookkeeping",
     examples_per_pass: int = 1,
     positions: SampledPositions | None = None,
-    classes: OutputClasses | None = None,
+    classes: StepClasses | None = None,
     part: TrainedPart = WHOLE,
 ) -> ClippedSum:
     """Sum the examples' gradients at the loaded adapter, each scaled down to `clip_norm` where it is longer.

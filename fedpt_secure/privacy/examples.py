@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedpt_secure.errors import PrivacyError
-from fedpt_secure.lm.output_classes import OutputClasses
+from fedpt_secure.lm.output_classes import StepClasses
 from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy.noise import NoiseSource
@@ -65,11 +65,11 @@ class SampledPositions:
         return np.sort(chosen)
 
 
-def drawn_classes(small: SmallLM, count: int | None, noise: NoiseSource) -> OutputClasses | None:
+def drawn_classes(small: SmallLM, count: int | None, noise: NoiseSource) -> StepClasses | None:
     """A step's classes of a sampled softmax; None, without a draw, where the whole head counts.
 
-    Like a choice of positions, it depends on the key alone: an example's gradient is still a function of the weights
-    and of that example, for every value of the key, which may be known to anybody.
+    The draw depends on the key alone, and what an example adds to it on that example alone: its gradient is still a
+    function of the weights and of that example, for every value of the key, which may be known to anybody.
 
     Raises:
         ConfigError: the small LM cannot be trained so.
@@ -109,7 +109,7 @@ def example_loss(
     example: SmallExample,
     *,
     positions: SampledPositions | None = None,
-    classes: OutputClasses | None = None,
+    classes: StepClasses | None = None,
     part: TrainedPart = WHOLE,
 ) -> torch.Tensor:
     """The same of one example by itself, computed as `small.compute` says and no more of it than its gradient needs.

@@ -41,6 +41,12 @@ def test_a_bound_is_the_last_value_that_is_taken(name, smallest, largest, above)
         build(RunConfig, nested(name, above))
 
 
+def test_a_way_to_choose_classes_where_none_are_chosen_is_refused_and_not_ignored():
+    build(RunConfig, {"training": {"output_classes": 30, "output_classes_by": "record"}})
+    with pytest.raises(ConfigError, match="output_classes_by is 'record', and output_classes is not set"):
+        build(RunConfig, nested("training.output_classes_by", "record"))
+
+
 def test_a_delta_that_the_accountant_cannot_resolve_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match=r"privacy.delta: delta must be at least 1e-12.*accountant"):
         build(RunConfig, nested("privacy.delta", 9.9e-13))

@@ -11,12 +11,14 @@ from fedpt_secure.data import Cache
 from fedpt_secure.errors import ConfigError, ModelError
 from fedpt_secure.federation.setup import load_training_models
 from fedpt_secure.lm.base import builtin_directory
+from fedpt_secure.lm.output_classes import ClassDraw
 from fedpt_secure.progress import SILENT
 
 
-def load(models, cache, **training):
+def load(models, cache, modules=("down_proj",), **training):
     models = {"context_length": 12, "device": "cpu", **models}
-    config = build(RunConfig, {"models": models, "lora": {"rank": 2}, "training": training})
+    lora = {"rank": 2, "modules": list(modules)}
+    config = build(RunConfig, {"models": models, "lora": lora, "training": training})
     return load_training_models(config, cache=Cache(cache), progress=SILENT)
 
 
@@ -68,3 +70,16 @@ def test_a_sampled_softmax_takes_the_classes_that_public_text_has_most_of(tiny_m
 def test_more_classes_than_there_are_are_refused_before_anything_is_trained(tiny_models, tmp_path):
     with pytest.raises(ConfigError, match=r"output_classes is 999999; it must be at least 2 and below"):
         load({"small": tiny_models["small"]}, tmp_path / "cache", output_classes=999_999)
+
+
+def test_classes_by_the_record_are_what_the_settings_ask_for(tiny_models, tmp_path):
+    asked = {"output_classes": 30, "output_classes_by": "record"}
+    draw = load({"small": tiny_models["small"]}, tmp_path / "cache", **asked).small.output_classes(30, key=bytes(16))
+    assert isinstance(draw, ClassDraw)
+    assert draw.own == 20
+
+
+def test_classes_by_the_record_of_a_deeper_adapter_are_refused_before_anything_is_trained(tiny_models, tmp_path):
+    asked = {"output_classes": 30, "output_classes_by": "record"}
+    with pytest.raises(ConfigError, match='output_classes_by is "record"'):
+        load({"small": tiny_models["small"]}, tmp_path / "cache", modules=["q_proj"], **asked)

@@ -8,7 +8,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedpt_secure.lm.head_loss import SampledHead, head_loss
-from fedpt_secure.lm.output_classes import OutputClasses, count_classes, draw_classes, rank_classes
+from fedpt_secure.lm.output_classes import (
+    OutputClasses,
+    count_classes,
+    draw_classes,
+    draw_rest,
+    likely_classes,
+    rank_classes,
+)
 
 WIDTH, VOCABULARY = 12, 60
 RANKING = np.random.default_rng(3).permutation(VOCABULARY).astype(np.int64)
@@ -124,3 +131,88 @@ def test_its_gradient_comes_near_the_whole_heads_as_classes_grow():
         gradients = [torch.autograd.grad(head_loss(hidden, weight, targets, sampled), hidden)[0] for sampled in drawn]
         errors.append(float(torch.stack([(g - whole).norm() / whole.norm() for g in gradients]).mean()))
     assert errors[0] > 1.2 * errors[1] > 1.2 * 2 * errors[2]
+
+
+def own_classes(seed=0, count=20) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).permutation(VOCABULARY)[:count])
+
+
+def test_two_thirds_are_the_examples_own_and_a_third_a_sample_of_its_rest():
+    for index, key in enumerate(keys(20)):
+        own = own_classes(index)
+        classes = draw_rest(VOCABULARY, 30, key=key).with_own(own)
+        rows = classes.rows.tolist()
+        assert rows[:20] == own.tolist()
+        assert len(set(rows)) == 30
+        assert torch.allclose(classes.log_weights.exp(), torch.tensor([1.0] * 20 + [4.0] * 10))
+        assert [int(classes.places[row]) for row in rows] == list(range(30))
+        assert int((classes.places >= 0).sum()) == 30
+
+
+@pytest.mark.parametrize("count", [3, 4, VOCABULARY - 1])
+def test_the_fewest_and_the_most_classes_leave_a_sample_of_the_rest(count):
+    draw = draw_rest(VOCABULARY, count, key=b"k" * 16)
+    classes = draw.with_own(own_classes(count=draw.own))
+    assert len(classes.rows) == count
+    assert draw.own == count - count // 3
+    weight = (VOCABULARY - draw.own) / (count // 3)
+    assert torch.allclose(classes.log_weights[draw.own :].exp(), torch.tensor(weight))
+
+
+def test_every_class_that_is_not_an_examples_own_is_drawn_equally_often():
+    """As above: chi-square by its normal approximation, 40 cells, false alarm below 1e-6."""
+    draws, own = 2000, own_classes()
+    counts = np.zeros(VOCABULARY)
+    for key in keys(draws):
+        counts[draw_rest(VOCABULARY, 30, key=key).with_own(own).rows[20:].numpy()] += 1
+    cells = np.delete(counts, own.numpy())
+    expected = draws * 10 / 40
+    assert ((cells - expected) ** 2 / expected).sum() < 40 + 5 * np.sqrt(2 * 40)
+    assert not counts[own.numpy()].any()
+
+
+def test_the_estimate_of_the_denominator_is_unbiased_with_own_classes_too():
+    """5 standard errors: 6e-7. The broken variant, which weighs the rest as if own classes were drawn too, is seen."""
+    hidden, weight, targets = head(1)
+    others = (hidden @ weight.T).detach()[0]
+    others[targets[0]] = -torch.inf
+    own = likely_classes(hidden, weight, targets, 20)
+    estimates, broken = [], []
+    for key in keys(4000):
+        classes = draw_rest(VOCABULARY, 30, key=key).with_own(own)
+        estimates.append(float((others[classes.rows] + classes.log_weights).exp().sum()))
+        weights = torch.where(classes.log_weights > 0, VOCABULARY / 10, 1.0)
+        broken.append(float((others[classes.rows].exp() * weights).sum()))
+    error = np.std(estimates) / np.sqrt(len(estimates))
+    assert abs(np.mean(estimates) - float(others.exp().sum())) < 5 * error
+    assert abs(np.mean(broken) - float(others.exp().sum())) > 5 * error
+
+
+@pytest.mark.parametrize("positions", [1, 8, 300])
+def test_likely_classes_are_the_targets_and_those_of_most_probability_over_all_positions(positions):
+    hidden, weight, targets = head(positions)
+    targets = targets % 9  # at most nine different ones
+    chosen = likely_classes(hidden.detach(), weight, targets, 20).tolist()
+    wanted = torch.softmax(hidden.detach() @ weight.T, 1).sum(0)
+    wanted[targets] = torch.inf
+    assert len(set(chosen)) == 20
+    assert set(targets.tolist()) <= set(chosen)
+    assert set(chosen) == set(wanted.topk(20).indices.tolist())
+
+
+def test_own_classes_come_nearer_to_the_whole_head_than_frequent_ones():
+    """At equal numbers, where predictions are peaked and say little about frequency over all text; 60 keys."""
+    hidden, weight, targets = head(6)
+    weight = 2 * weight
+    (whole,) = torch.autograd.grad(head_loss(hidden, weight, targets), hidden)
+    own = likely_classes(hidden.detach(), weight, targets, 14)
+    errors = {"own": [], "frequent": []}
+    for key in keys(60):
+        drawn = {
+            "own": draw_rest(VOCABULARY, 21, key=key).with_own(own),
+            "frequent": draw_classes(RANKING, 21, key=key),
+        }
+        for name, classes in drawn.items():
+            loss = head_loss(hidden, weight, targets, SampledHead.of(weight, classes))
+            errors[name].append(float((torch.autograd.grad(loss, hidden)[0] - whole).norm()))
+    assert 2 * np.mean(errors["own"]) < np.mean(errors["frequent"])

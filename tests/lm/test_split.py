@@ -24,6 +24,7 @@ from fedpt_secure.config import LoraSettings
 from fedpt_secure.errors import ConfigError
 from fedpt_secure.lm import split as module
 from fedpt_secure.lm.base import BaseLM
+from fedpt_secure.lm.output_classes import draw_rest
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.split import EXACT_COMPUTE, SPLITTABLE, TrainingCompute, training_dtype
 from fedpt_secure.lm.token_map import TokenMap
@@ -182,6 +183,64 @@ def test_a_new_adapter_drops_nothing_where_it_lies_above_the_cut():
     small.split._run_below = None  # the activations are there
     whole = example_losses(small, [SmallExample(IDS, 3)])[0]
     assert torch.allclose(split_loss(small), whole, rtol=1e-5)
+
+
+def own_classes_loss(small: SmallLM, ids=IDS, own=8) -> torch.Tensor:
+    draw = draw_rest(VOCABULARY, own + own // 2, key=bytes(16))
+    assert draw.own == own
+    return small.split.loss(ids, 3, torch.arange(len(ids) - 3), draw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_likely_classes_change_no_bit_and_are_those_of_the_untrained_model(dtype):
+    kept, fresh = (small_lm(compute=TrainingCompute(dtype, size)) for size in (1 << 20, 0))
+    for scale in (1.0, -3.0):
+        for small in (kept, fresh):
+            small.load_adapter_vector(small.adapter_vector() * np.float32(scale))
+        for ids in (IDS, IDS[:7], IDS):
+            losses = [own_classes_loss(small, ids) for small in (kept, fresh)]
+            assert torch.equal(*losses)
+            assert torch.equal(*(gradient(small, loss) for small, loss in zip((kept, fresh), losses, strict=True)))
+    with kept.model.disable_adapter():
+        mass = torch.softmax(kept.model(torch.tensor([IDS])).logits[0, 2:-1], dim=1).sum(0)
+    wanted = set(mass.topk(30).indices.tolist()) | set(IDS[3:])
+    (found,) = (classes for (ids, _), classes in kept.split._likely.items() if ids == IDS)
+    assert set(IDS[3:]) & set(found.tolist())
+    assert set(found.tolist()) <= wanted
+    assert not fresh.split._likely
+
+
+def test_likely_classes_count_within_the_bound_are_forgotten_and_follow_their_number():
+    small = small_lm(compute=TrainingCompute(cache_bytes=1 << 20))
+    split_loss(small)
+    without = small.split.cached_bytes
+    first = own_classes_loss(small)
+    assert small.split.cached_bytes == without + 8 * 4
+    assert not torch.equal(own_classes_loss(small, own=16), first)
+    assert small.split.cached_bytes == without + 16 * 4
+    assert torch.equal(own_classes_loss(small), first)
+    small.forget(IDS, 3)
+    assert small.split.cached_bytes == 0
+    assert torch.equal(own_classes_loss(small), first)
+
+
+@pytest.mark.parametrize("written", ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_likely_classes_are_dropped_when_a_weight_that_they_follow_from_changes(written):
+    kept, fresh = (small_lm(compute=TrainingCompute(cache_bytes=size)) for size in (1 << 20, 0))
+    for small in (kept, fresh):
+        own_classes_loss(small)
+        with torch.no_grad():
+            values = small.model.get_base_model().get_parameter(written)
+            values.copy_(torch.randn(values.shape, generator=torch.Generator().manual_seed(7)))
+    assert torch.equal(own_classes_loss(kept), own_classes_loss(fresh))
+
+
+@pytest.mark.parametrize("cut", [name for name in CUTS if name != "through the last layer"])
+def test_a_cut_that_does_not_know_the_untrained_model_refuses_classes_by_the_record(cut):
+    small = small_lm(cut=cut)
+    assert not small.split.knows_base
+    with pytest.raises(ConfigError, match="classes by the record"):
+        own_classes_loss(small)
 
 
 @pytest.mark.parametrize("cut", CUTS)

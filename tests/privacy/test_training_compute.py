@@ -13,7 +13,7 @@ from fedpt_secure.config import LoraSettings, RunConfig, build
 from fedpt_secure.errors import ConfigError, PrivacyError
 from fedpt_secure.lm.base import BaseLM
 from fedpt_secure.lm.small import SmallLM
-from fedpt_secure.lm.split import TrainingCompute
+from fedpt_secure.lm.split import SplitLM, TrainingCompute
 from fedpt_secure.lm.token_map import TokenMap
 from fedpt_secure.privacy import (
     DpSgdSettings,
@@ -145,6 +145,71 @@ def test_under_a_sampled_softmax_one_record_moves_the_sum_by_its_own_clipped_gra
         moved = whole - total(data[:index] + data[index + 1 :])
         assert np.array_equal(moved, total([example]))
         assert 0 < np.linalg.norm(moved) <= CLIP_NORM
+
+
+OWN_CLASSES = ("last down_proj", "last down_proj and the head's bias")
+
+
+@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
+@pytest.mark.parametrize("compute", COMPUTES.values(), ids=COMPUTES)
+@pytest.mark.parametrize("adapter", OWN_CLASSES)
+def test_with_classes_by_the_record_it_moves_the_sum_by_its_own_clipped_gradient_to_the_last_bit(
+    adapter, compute, positions
+):
+    """Also where the other world kept other likely classes, or kept them in another order."""
+    data = examples(8)
+
+    def total(records):
+        small = small_lm(compute, adapter, classes_by="record")
+        for world in (records[::-1], records):
+            classes = small.output_classes(VOCABULARY // 2, key=bytes(16))
+            result = clipped_sum(small, world, clip_norm=CLIP_NORM, classes=classes, positions=positions).vector
+        return result
+
+    whole = total(data)
+    by_all = clipped_sum(small_lm(compute, adapter), data, clip_norm=CLIP_NORM, positions=positions).vector
+    assert not np.array_equal(whole, by_all)
+    for index, example in enumerate(data[:4]):
+        moved = whole - total(data[:index] + data[index + 1 :])
+        assert np.array_equal(moved, total([example]))
+        assert 0 < np.linalg.norm(moved) <= CLIP_NORM
+
+
+def test_classes_by_a_clients_other_records_would_move_more_than_one_clipped_gradient(monkeypatch):
+    """The broken variant: all records take the likely classes of the client's first, so that its arrival moves them."""
+    small, data = small_lm(TrainingCompute(), classes_by="record"), 8 * examples(60)
+    newcomer = SmallExample((10, 20, 30), 1)
+    classes, sums = small.output_classes(4, key=bytes(16)), []
+    for world in ([newcomer, *data], data):
+        firsts = torch.tensor(sorted(set(world[0].ids), reverse=True)[: classes.own])
+        monkeypatch.setattr(SplitLM, "_likely_classes", lambda *_, firsts=firsts: firsts)
+        sums.append(clipped_sum(small, world, clip_norm=CLIP_NORM, classes=classes).vector)
+    assert np.linalg.norm(sums[0] - sums[1]) > CLIP_NORM
+
+
+def test_with_nearly_all_classes_by_the_record_the_gradient_is_nearly_the_whole_heads():
+    small, data = small_lm(TrainingCompute(), OWN_CLASSES[1], classes_by="record"), examples(20)
+    whole = clipped_sum(small, data, clip_norm=1e3).vector
+    errors = [
+        np.linalg.norm(
+            clipped_sum(small, data, clip_norm=1e3, classes=small.output_classes(n, key=b"k")).vector - whole
+        )
+        for n in (6, 24, VOCABULARY - 1)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.05 * np.linalg.norm(whole)
+
+
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name not in OWN_CLASSES])
+def test_classes_by_the_record_are_refused_where_the_base_would_have_to_run_again(adapter):
+    with pytest.raises(ConfigError, match="nothing but the last layer's down_proj"):
+        small_lm(TrainingCompute(), adapter, classes_by="record").output_classes(6, key=b"")
+
+
+@pytest.mark.parametrize("count", [0, 2, VOCABULARY, VOCABULARY + 1])
+def test_numbers_of_classes_that_leave_no_rest_to_sample_are_refused(count):
+    with pytest.raises(ConfigError, match=f"output_classes is {count}"):
+        small_lm(TrainingCompute(), classes_by="record").output_classes(count, key=b"")
 
 
 def test_a_choice_of_classes_that_looks_at_the_records_moves_more_than_one_clipped_gradient():
