@@ -19,8 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fedpt_secure.lm.head_loss import SampledHead
+from fedpt_secure.errors import DataError
+from fedpt_secure.lm.head_loss import SampledHead, head_loss
 from fedpt_secure.lm.output_bias import PARAMETER, head_bias_of
+from fedpt_secure.lm.output_classes import ClassDraw, likely_classes
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.privacy import SmallExample
 
@@ -48,7 +50,8 @@ class RecordSums:
         causal: Any = small.model.get_base_model()
         self._backbone, self._head = causal.model, causal.lm_head.weight.detach()
         self._head_lower = self._head.to(dtype)
-        self._sampled: SampledHead | None = None
+        self._sampled: SampledHead | ClassDraw | None = None
+        self._likely = torch.zeros(0, 0, dtype=torch.int64)
         self._layers = _trained_layers(small)
         self._bias_layer = head_bias_of(small.model)
         width = max(len(example.ids) for example in examples)
@@ -137,7 +140,10 @@ class RecordSums:
         with _watched(self._layers) as gradients:
             judged = self._judged(records, rows, self._dtype)
             weights = counted / counted.sum(1, keepdim=True)
-            by_judged, by_bias = self._head_gradient(judged.detach(), targets, weights)
+            if isinstance(self._sampled, ClassDraw):
+                by_judged, by_bias = self._own_head_gradient(self._sampled, records, judged.detach(), targets, counted)
+            else:
+                by_judged, by_bias = self._head_gradient(judged.detach(), targets, weights)
             torch.autograd.backward(judged, by_judged)
             parts = [gradients[index] for index in range(len(self._layers))]
         # The head's name comes before the layers'.
@@ -157,12 +163,47 @@ class RecordSums:
         at = (self._loss_from[records] - 1)[:, None] + rows
         return hidden.gather(1, at.clamp(max=ids.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])).float()
 
-    def _sampled_head(self, classes: int | None, generator: torch.Generator) -> SampledHead | None:
+    def _sampled_head(self, classes: int | None, generator: torch.Generator) -> SampledHead | ClassDraw | None:
         if classes is None:
             return None
         key = torch.randint(256, (16,), generator=generator, device=generator.device).tolist()
         drawn = self._small.output_classes(classes, key=bytes(key))
+        if isinstance(drawn, ClassDraw):
+            if self._likely.shape[1] != drawn.own:
+                self._likely = self._likely_classes(drawn.own)
+            return drawn
         return None if drawn is None else SampledHead.of(self._head_lower, drawn)
+
+    @torch.no_grad()
+    def _likely_classes(self, count: int) -> Tensor:
+        """Each record's own classes, int64 `[records, count]`, by the activations that no adapter has moved."""
+        if self._kept is None:
+            raise DataError("classes by the record need activations that no adapter has moved")
+        chosen = []
+        for record, rows in enumerate(self.rows.tolist()):
+            hidden = self._backbone.norm(self._kept[0][record, :rows].float())
+            first = int(self._loss_from[record])
+            targets = self._ids[record, first : first + rows]
+            chosen.append(likely_classes(hidden, self._head_lower, targets, count))
+        return torch.stack(chosen)
+
+    def _own_head_gradient(
+        self, draw: ClassDraw, records: Tensor, judged: Tensor, targets: Tensor, counted: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `_head_gradient` gives, where each record has classes of its own: one record at a time."""
+        gradient = torch.zeros_like(judged)
+        by_bias = None if self._bias is None else judged.new_zeros(len(judged), len(self._bias))
+        for index, record in enumerate(records.tolist()):
+            rows = counted[index]
+            hidden = judged[index, rows].requires_grad_()
+            bias = None if self._bias is None else self._bias.clone().requires_grad_()
+            sampled = SampledHead.of(self._head_lower, draw.with_own(self._likely[record]))
+            head_loss(hidden, self._head_lower, targets[index, rows], sampled, bias).backward()
+            assert hidden.grad is not None
+            gradient[index, rows] = hidden.grad
+            if by_bias is not None and bias is not None and bias.grad is not None:
+                by_bias[index] = bias.grad
+        return gradient, by_bias
 
     @torch.no_grad()
     def _head_gradient(self, judged: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -198,7 +239,7 @@ class RecordSums:
     def _logits(self, rows: Tensor, target: Tensor) -> tuple[Tensor, SampledHead | None]:
         """Of all classes, `[rows, v]`, or of the step's and each row's own, `[rows, classes + 1]`."""
         sampled, bias = self._sampled, self._bias
-        if sampled is None:
+        if not isinstance(sampled, SampledHead):
             logits = (rows.to(self._dtype) @ self._head_lower.T).float()
             return (logits if bias is None else logits + bias), None
         logits = (rows.to(self._dtype) @ sampled.weight.T).float() + sampled.log_weights

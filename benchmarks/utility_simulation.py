@@ -22,7 +22,7 @@ from utility_ceiling import EVALUATION_RECORDS
 from utility_gradients import RecordSums
 from utility_recipe import Recipe, Scale
 
-from fedpt_secure.config import RunConfig, build, overlay
+from fedpt_secure.config import ClassesBy, RunConfig, build, overlay
 from fedpt_secure.data import Cache, FederatedText, load_federated_text
 from fedpt_secure.data.examples import Example
 from fedpt_secure.errors import DataError
@@ -55,6 +55,7 @@ class Case:
     Attributes:
         lora: what of the run's `[lora]` differs.
         classes: of a sampled softmax; None for the whole head.
+        classes_by: what chooses them.
         mode: whose noise there is, and what is protected.
         scale: rounds, clients and records of a round; None for those that the noise gives.
         rounds, records: how many times the scale's; records are those of a round.
@@ -74,6 +75,7 @@ class Case:
     quantile: float | None = None
     positions: int | None = 32
     classes: int | None = None
+    classes_by: ClassesBy = "frequency"
     scale: Scale | None = None
     rounds: float = 1.0
     records: float = 1.0
@@ -93,6 +95,7 @@ class Case:
             learning_rate=training["server_learning_rate"],
             positions=training["sampled_positions"],
             classes=training.get("output_classes"),
+            classes_by=training.get("output_classes_by", "frequency"),
             optimizer=training.get("server_optimizer", "adam"),
             decay=training.get("average_decay", 0.0),
             scale=recipe.scale,
@@ -195,7 +198,7 @@ class Simulation:
     def __init__(self, settings: Mapping[str, Any], split_seed: int, progress: Progress) -> None:
         """Load them."""
         # So that the head's classes are ranked; how many a step takes is the case's.
-        self._settings = overlay(settings, {"seed": split_seed, "training": {"output_classes": 2}})
+        self._settings = overlay(settings, {"seed": split_seed, "training": {"output_classes": 3}})
         self.config = build(RunConfig, self._settings)
         self._text = load_federated_text(self.config.data, seed=split_seed, cache=Cache(), progress=progress)
         self._records = held_out_records(self._text, split_seed)
@@ -213,14 +216,15 @@ class Simulation:
             self._held_out[which] = HeldOut(examples, models, self._progress)
         return self._held_out[which]
 
-    def loaded(self, lora: Mapping[str, Any]) -> Loaded:
+    def loaded(self, lora: Mapping[str, Any], classes_by: ClassesBy = "frequency") -> Loaded:
         """The small LM under an adapter; kept over cases of the same one."""
-        key = json.dumps(lora)
+        key = json.dumps([lora, classes_by])
         if key not in self._loaded:
             # One at a time beside the first: kept activations are gigabytes.
             for other in list(self._loaded)[1:]:
                 del self._loaded[other]
-            config = build(RunConfig, overlay(self._settings, {"lora": lora}))
+            changed = {"lora": lora, "training": {"output_classes_by": classes_by}}
+            config = build(RunConfig, overlay(self._settings, changed))
             models = load_models(config, cache=Cache(), progress=SILENT)
             if not self._clients:
                 self._clients = [client_examples(client, models, config) for client in self._text.clients]
@@ -234,7 +238,7 @@ class Simulation:
 
     def judge(self, case: Case, trained: Trained, which: Which, rules: Sequence[SteeringRule]) -> Losses:
         """Losses over held-out records, steered by each rule."""
-        held_out, loaded = self.held_out(which), self.loaded(case.lora)
+        held_out, loaded = self.held_out(which), self.loaded(case.lora, case.classes_by)
         small = loaded.models.small
         if which not in loaded.held_out:
             loaded.held_out[which] = RecordSums(small, held_out.small, dtype=torch.float32, at_once=64)
@@ -247,7 +251,7 @@ class Simulation:
         Args:
             seed: of the sample, the positions and the noise.
         """
-        loaded = self.loaded(case.lora)
+        loaded = self.loaded(case.lora, case.classes_by)
         small, clients = loaded.models.small, loaded.clients
         rng = np.random.default_rng([seed, 11])
         generator = torch.Generator(small.device).manual_seed(seed)

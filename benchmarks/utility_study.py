@@ -79,6 +79,7 @@ CASES: Mapping[str, Case] = {
     "8 positions": Case(positions=8),
     "sampled softmax, 2,048 classes": Case(classes=2048),
     "sampled softmax, 4,096 classes": Case(classes=4096),
+    "sampled softmax, 768 classes by the record": Case(classes=768, classes_by="record"),
     "a bias of the head's classes": Case({"output_bias": 0.03}),
     "half the rounds, twice the records": Case(rounds=0.5, records=2.0),
     "twice the rounds, half the records": Case(rounds=2.0, records=0.5),
@@ -130,7 +131,7 @@ def _measured(simulation: Simulation, name: str, epsilon: float, seed: int, prog
     case = CASES[name]
     began = time.perf_counter()
     trained = simulation.train(case, epsilon, seed, progress)
-    config = simulation.loaded(case.lora).config
+    config = simulation.loaded(case.lora, case.classes_by).config
     cases = {name: case, **(RULES if name == REFERENCE else {})}
     rules = {label: case.rule(config) for label, case in cases.items()}
     losses = simulation.judge(case, trained, "choice", list(rules.values()))

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedpt_secure.config import LoraSettings
+from fedpt_secure.errors import DataError
 from fedpt_secure.lm.base import BaseLM
 from fedpt_secure.lm.small import SmallLM
 from fedpt_secure.lm.token_map import TokenMap
@@ -34,7 +35,7 @@ def gradients():
     sys.modules.pop("utility_gradients", None)
 
 
-def small_lm(adapter):
+def small_lm(adapter, **settings):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -52,6 +53,7 @@ def small_lm(adapter):
         seed=0,
         device=torch.device("cpu"),
         class_counts=np.arange(VOCABULARY)[::-1].copy(),
+        **settings,
     )
     small.load_adapter_vector(np.random.default_rng(0).normal(0, 0.1, small.dimension).astype(np.float32))
     return small
@@ -156,6 +158,36 @@ def test_under_a_sampled_softmax_too_the_sum_is_that_of_one_record_at_a_time(gra
     )
     assert norms == pytest.approx(expected.norms, rel=1e-4)
     assert vector == pytest.approx(expected.vector, abs=1e-5 * np.abs(expected.vector).max())
+
+
+@pytest.mark.parametrize("positions", [None, 4])
+@pytest.mark.parametrize("adapter", ["last down_proj", "last down_proj and the head's bias"])
+def test_with_classes_by_the_record_too_the_sum_is_that_of_one_record_at_a_time(
+    gradients, adapter, positions, monkeypatch
+):
+    small, data = small_lm(adapter, classes_by="record"), examples(12)
+    draw, records = small.output_classes(15, key=bytes(16)), sums(gradients, small, data)
+    chosen, generator = np.array([7, 2, 3, 11, 0, 1, 5, 4]), torch.Generator().manual_seed(2)
+    monkeypatch.setattr(SmallLM, "output_classes", lambda self, count, *, key: draw)
+    asked = {"clip_norm": 0.05, "classes": 15}
+    vector, norms = records.sum(chosen, positions=positions, generator=generator, **asked)
+    assert np.isfinite(norms).all()
+    if positions is None:
+        expected = clipped_sum(small, [data[index] for index in chosen], clip_norm=0.05, classes=draw)
+        assert norms == pytest.approx(expected.norms, rel=1e-4)
+        assert vector == pytest.approx(expected.vector, abs=1e-5 * np.abs(expected.vector).max())
+    whole, _ = records.sum(chosen, positions=positions, generator=generator, clip_norm=0.05)
+    assert not np.allclose(vector, whole, rtol=1e-3)
+
+
+def test_classes_by_the_record_want_activations_that_no_adapter_has_moved(gradients, monkeypatch):
+    draw = small_lm("last down_proj", classes_by="record").output_classes(15, key=bytes(16))
+    small, data = small_lm("all layers"), examples(4)
+    monkeypatch.setattr(SmallLM, "output_classes", lambda self, count, *, key: draw)
+    with pytest.raises(DataError, match="no adapter has moved"):
+        sums(gradients, small, data).sum(
+            np.arange(4), clip_norm=1.0, positions=None, classes=15, generator=torch.Generator()
+        )
 
 
 def test_every_pass_draws_its_own_classes(gradients, monkeypatch):
