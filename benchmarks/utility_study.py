@@ -4,6 +4,7 @@
     python benchmarks/utility_study.py run --results study.jsonl --seeds 0 --cases "rank 32,rank 128"
     python benchmarks/utility_study.py table --results study.jsonl
     python benchmarks/utility_study.py curve --results curve.jsonl --data chat --epsilons 0.5,1,2,4,8,inf
+    python benchmarks/utility_study.py curve --results curve.jsonl --data chat --epsilons 8 --departures
 
 **Simulated** (`utility_simulation.py`): what the recipe's runs are in distribution, without keys, masks and ring.
 
@@ -12,8 +13,8 @@ more records in all. Judged on held-out records that `utility.py` does not judge
 table is not choosing on reported figures. Gains are in nats per token over the large LM alone; the difference is to the
 reference, over seeds, whose split, sample and noise are their own.
 
-`curve`: the recipe alone, on the records that `utility.py` judges and against its ceilings. The split is seed 0's, the
-sample, the positions and the noise are each seed's own.
+`curve`: the common recipe, or with `--departures` what `utility.py` trains with, on the records that `utility.py`
+judges and against its ceilings. The split is seed 0's, the sample, the positions and the noise are each seed's own.
 
 `--device cuda` wants a GPU: a case takes seconds there, and minutes on a CPU.
 """
@@ -35,7 +36,7 @@ from utility import gap_closed
 from utility_ceiling import CEILINGS, EVALUATION_RECORDS, find, tokenizer_of
 from utility_command import finished, floats
 from utility_data import NAMES, changed_by, data_settings, load_records
-from utility_recipe import ALL_MATRICES, DEPARTURES
+from utility_recipe import ALL_MATRICES, DEPARTURES, Recipe
 from utility_results import append_line, epsilon_in_json, read_lines
 from utility_simulation import Case, Simulation
 
@@ -151,16 +152,19 @@ def _measured(simulation: Simulation, name: str, epsilon: float, seed: int, prog
 
 
 def curve(options: argparse.Namespace, progress: Progress) -> None:
-    """The fraction of the gap that the recipe closes, by epsilon; appended line by line.
+    """The fraction of the gap that the common recipe closes, or what the data depart to; appended line by line.
 
     Raises:
         FedptError: a run cannot be made, or there is no ceiling for the records.
     """
     simulation: Simulation | None = None
-    case = replace(CASES[REFERENCE], lora={})
     for seed in options.seeds:
         for epsilon in options.epsilons:
+            case = replace(CASES[REFERENCE], lora={})
             key = {"data": options.data, "seed": seed, "epsilon": epsilon_in_json(epsilon)}
+            if options.departures:
+                case = Case.of(Recipe.of(options.data, epsilon))
+                key["recipe"] = "departure"
             if _there(options.results, key):
                 continue
             if simulation is None:
@@ -207,7 +211,8 @@ def ceiling_losses(simulation: Simulation) -> np.ndarray[Any, np.dtype[np.float6
 
 
 def _there(results: Path, key: Mapping[str, Any]) -> bool:
-    return any(all(line[name] == value for name, value in key.items()) for line in read_lines(results))
+    told = (line for line in read_lines(results) if line.get("recipe") == key.get("recipe"))
+    return any(all(line[name] == value for name, value in key.items()) for line in told)
 
 
 def configured(options: argparse.Namespace) -> dict[str, Any]:
@@ -272,6 +277,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting, in TOML")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--epsilons", type=floats, default=[4.0, math.inf])
+    parser.add_argument(
+        "--departures", action="store_true", help="curve: what the data depart to from the common recipe"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cases", default="", help="their names, or beginnings of them, comma-separated; default: all")
     options = parser.parse_args(arguments)

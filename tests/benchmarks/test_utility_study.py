@@ -241,6 +241,32 @@ def test_a_curve_states_the_gap_against_the_ceiling_of_its_records(command, stud
     assert path.read_text() == before
 
 
+def test_a_curve_of_departures_trains_what_the_data_depart_to_and_is_told_from_the_common_one(
+    command, study, simulation, monkeypatch
+):
+    trained = []
+
+    class Watching(simulation.Simulation):
+        def train(self, case, epsilon, seed, progress):
+            trained.append(case)
+            return simulation.Trained(np.zeros(self.loaded({}).models.small.dimension, dtype=np.float32), 1, 1.0)
+
+    def found(path, records, weights):
+        tokens = [len(example.ids) - example.loss_from for example in records.evaluation]
+        return {"tokens": tokens, "losses": [0.5 * count for count in tokens]}
+
+    departure = study.Recipe({"training": {"server_learning_rate": 0.125}})
+    monkeypatch.setattr(study.Recipe, "of", lambda data, epsilon: departure if epsilon == 8 else study.Recipe())
+    for more in ([], ["--departures"], ["--departures"]):
+        code, path = command(
+            "--epsilons", "8", *more, what="curve", results="both.jsonl", find=found, Simulation=Watching
+        )
+        assert code == 0
+    assert [case.learning_rate for case in trained] == [0.02, 0.125]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("recipe") for line in lines] == [None, "departure"]
+
+
 def test_tuning_all_weights_is_judged_against_the_same_ceiling(command, study, simulation, tmp_path):
     limits = importlib.import_module("utility_limits")
 
