@@ -21,6 +21,7 @@ from fedpt_secure.crypto.identities import SIGNATURE_BYTES
 from fedpt_secure.crypto.key_agreement import PUBLIC_KEY_BYTES
 from fedpt_secure.crypto.labels import DIGEST_BYTES, CkksLabel, digest, integer
 from fedpt_secure.crypto.messages import encode_set
+from fedpt_secure.crypto.structs import resolved
 
 CKKS_VERSION: Final = 1
 CKKS_SUITE: Final = "Ed25519/X25519/HKDF-SHA256/XChaCha20-Poly1305/AES-256-CTR/CKKS-TenSEAL-0.3.18"
@@ -94,6 +95,7 @@ class CkksSession:
         return self.context.threshold
 
 
+@resolved
 class CkksAdvertisement(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=33):
     """Phase 1, client to server: a fresh channel key, signed."""
 
@@ -103,6 +105,7 @@ class CkksAdvertisement(msgspec.Struct, array_like=True, frozen=True, forbid_unk
     signature: bytes
 
 
+@resolved
 class CkksKeyDirectory(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=34):
     """Phase 1, server to clients: channel keys and signatures of all members."""
 
@@ -111,6 +114,7 @@ class CkksKeyDirectory(msgspec.Struct, array_like=True, frozen=True, forbid_unkn
     entries: bytes
 
 
+@resolved
 class KeyDeal(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=35):
     """Phase 2, dealer to server: the CKKS key under a group key, and the group key sealed for every other member."""
 
@@ -122,6 +126,7 @@ class KeyDeal(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_field
     signature: bytes
 
 
+@resolved
 class KeyReady(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=36):
     """Phase 2, any other client to server: the directory was accepted, signed."""
 
@@ -130,6 +135,7 @@ class KeyReady(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
     signature: bytes
 
 
+@resolved
 class KeyInbox(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=37):
     """Phase 2, server to one client: who goes on, and the deal as far as it concerns the client."""
 
@@ -142,6 +148,7 @@ class KeyInbox(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
     signature: bytes
 
 
+@resolved
 class EncryptedVector(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=38):
     """Phase 3, client to server: the vector's ciphertexts, signed."""
 
@@ -152,6 +159,7 @@ class EncryptedVector(msgspec.Struct, array_like=True, frozen=True, forbid_unkno
     signature: bytes
 
 
+@resolved
 class CkksSurvivors(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=39):
     """Phase 3, server to clients: whose ciphertexts are in the sum, their digests, and the digest of the sum."""
 
@@ -161,6 +169,7 @@ class CkksSurvivors(msgspec.Struct, array_like=True, frozen=True, forbid_unknown
     total: bytes
 
 
+@resolved
 class CkksConfirmation(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=40):
     """Phase 4, client to server: a signature on the survivors and the sum that the client was shown."""
 
@@ -169,6 +178,7 @@ class CkksConfirmation(msgspec.Struct, array_like=True, frozen=True, forbid_unkn
     signature: bytes
 
 
+@resolved
 class CkksConfirmations(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=41):
     """Phase 4, server to clients: who confirmed, their signatures, and the encrypted sum."""
 
@@ -178,6 +188,7 @@ class CkksConfirmations(msgspec.Struct, array_like=True, frozen=True, forbid_unk
     total: bytes
 
 
+@resolved
 class Decryption(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=42):
     """Phase 5, client to server: the sum with its flooding noise, little-endian int32 steps, signed."""
 

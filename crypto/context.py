@@ -13,6 +13,7 @@ from fedpt_secure.crypto.errors import MalformedMessage, ParameterError, Unknown
 from fedpt_secure.crypto.identities import LARGEST_ROSTER, Roster, check_client_id
 from fedpt_secure.crypto.labels import DIGEST_BYTES, PROTOCOL_VERSION, SUITE, Label, digest, integer
 from fedpt_secure.crypto.packing import LARGEST_RING_BITS, SMALLEST_RING_BITS
+from fedpt_secure.crypto.structs import resolved
 
 RUN_ID_BYTES: Final = 16
 LARGEST_VECTOR: Final = 1 << 31
@@ -225,6 +226,7 @@ class RoundContext:
         return context
 
 
+@resolved
 class _Proposal(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     version: int
     suite: str

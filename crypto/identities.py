@@ -21,6 +21,7 @@ from fedpt_secure.crypto import strict_files
 from fedpt_secure.crypto.errors import ParameterError, SignatureInvalid
 from fedpt_secure.crypto.labels import Label, digest
 from fedpt_secure.crypto.randomness import SYSTEM_RANDOM, RandomBytes
+from fedpt_secure.crypto.structs import resolved
 
 LONGEST_CLIENT_ID_BYTES: Final = 128
 LARGEST_ROSTER: Final = 1 << 16
@@ -209,11 +210,13 @@ def _require_signed(key: bytes, message: bytes, signature: bytes) -> None:
     VerifyKey(key).verify(message, signature)
 
 
+@resolved
 class _RosterEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     verify_key: str
 
 
+@resolved
 class _RosterFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: str
     clients: list[_RosterEntry]

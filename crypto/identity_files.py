@@ -16,6 +16,7 @@ from fedpt_secure.crypto.identities import VERIFY_KEY_BYTES, Identity, Roster, c
 from fedpt_secure.crypto.passphrases import SALT_BYTES, SEAL_BYTES, open_with_passphrase, seal_with_passphrase
 from fedpt_secure.crypto.randomness import SYSTEM_RANDOM, RandomBytes
 from fedpt_secure.crypto.strict_files import from_hex, from_json, read_file, to_json, write_new
+from fedpt_secure.crypto.structs import resolved
 
 _PUBLIC_FORMAT: Final = "fedpt-secure public identity v1"
 _SECRET_FORMAT: Final = "fedpt-secure secret identity v1"  # noqa: S105 - the name of a format
@@ -247,12 +248,14 @@ def roster_of(clients: Iterable[PublicIdentity]) -> Roster:
     return Roster(keys)
 
 
+@resolved
 class _PublicFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: str
     id: str
     verify_key: str
 
 
+@resolved
 class _SecretFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: str
     id: str
@@ -263,6 +266,7 @@ class _SecretFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"_SecretFile(id={self.id!r})"
 
 
+@resolved
 class _SealedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: str
     id: str

@@ -22,6 +22,7 @@ from fedpt_secure.crypto.errors import MalformedMessage, WrongSession
 from fedpt_secure.crypto.identities import SIGNATURE_BYTES
 from fedpt_secure.crypto.key_agreement import PUBLIC_KEY_BYTES
 from fedpt_secure.crypto.labels import DIGEST_BYTES, Label, digest, integer
+from fedpt_secure.crypto.structs import resolved
 
 ENTRY_BYTES: Final = 2 * PUBLIC_KEY_BYTES + DIGEST_BYTES + SIGNATURE_BYTES
 """Size of one client's record in the key directory."""
@@ -30,6 +31,7 @@ _OVERHEAD_BYTES: Final = 512
 """More than the fixed-size fields and the framing of any message."""
 
 
+@resolved
 class Advertisement(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
     """Phase 1, client to server: fresh public keys, signed."""
 
@@ -41,6 +43,7 @@ class Advertisement(msgspec.Struct, array_like=True, frozen=True, forbid_unknown
     signature: bytes
 
 
+@resolved
 class KeyDirectory(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=2):
     """Phase 1, server to clients: the advertisements of all members, without session and sender."""
 
@@ -49,6 +52,7 @@ class KeyDirectory(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_
     entries: bytes
 
 
+@resolved
 class SealedShares(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=3):
     """Phase 2, client to server: one sealed pair of shares for each neighbour, signed."""
 
@@ -58,6 +62,7 @@ class SealedShares(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_
     signature: bytes
 
 
+@resolved
 class ShareInbox(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=4):
     """Phase 2, server to one client: who shared keys, and the pairs sealed for it by those of its neighbours."""
 
@@ -66,6 +71,7 @@ class ShareInbox(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
     sealed: bytes
 
 
+@resolved
 class MaskedVector(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=5):
     """Phase 3, client to server: the masked vector, packed, with the sharers it is masked against, signed."""
 
@@ -76,6 +82,7 @@ class MaskedVector(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_
     signature: bytes
 
 
+@resolved
 class Survivors(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=6):
     """Phase 3, server to clients: whose masked vectors are in the sum."""
 
@@ -83,6 +90,7 @@ class Survivors(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fie
     survivors: bytes
 
 
+@resolved
 class Confirmation(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=7):
     """Phase 4, client to server: a signature on the survivor list that the client was shown."""
 
@@ -91,6 +99,7 @@ class Confirmation(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_
     signature: bytes
 
 
+@resolved
 class Confirmations(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=8):
     """Phase 4, server to clients: who confirmed, and their signatures."""
 
@@ -99,6 +108,7 @@ class Confirmations(msgspec.Struct, array_like=True, frozen=True, forbid_unknown
     signatures: bytes
 
 
+@resolved
 class Unmasking(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=9):
     """Phase 5, client to server: exactly one share of each peer, signed.
 

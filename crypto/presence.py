@@ -13,12 +13,14 @@ import msgspec
 from fedpt_secure.crypto.errors import MalformedMessage
 from fedpt_secure.crypto.identities import SIGNATURE_BYTES, Identity, Roster
 from fedpt_secure.crypto.labels import DIGEST_BYTES, NetworkLabel, digest
+from fedpt_secure.crypto.structs import resolved
 
 NONCE_BYTES: Final = 32
 RUN_ID_BYTES: Final = 16
 _LARGEST: Final = 2048
 
 
+@resolved
 class Hello(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=101):
     """Server to whoever can be reached: which run this is, and a nonce that no earlier answer fits.
 
@@ -63,6 +65,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
         return digest(NetworkLabel.SIGN_PRESENCE, parts)
 
 
+@resolved
 class Presence(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=102):
     """Client to server: its id, and its signature on the hello."""
 

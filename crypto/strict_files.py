@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from fedpt_secure.crypto.errors import ParameterError
+from fedpt_secure.crypto.structs import resolved
 
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
@@ -144,5 +145,6 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
+@resolved
 class _AnyFile(msgspec.Struct, frozen=True):
     format: str

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from fedpt_secure.crypto.structs import resolved
 from fedpt_secure.errors import RoundError
 
 PROTOCOL = "fedpt-secure/round/2"
@@ -22,6 +23,7 @@ def agreed_digest(model_digest: bytes, config_digest: bytes) -> bytes:
     return hashlib.sha256(b"fedpt-secure/agreed/1" + model_digest + config_digest).digest()
 
 
+@resolved
 class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """One round: who is in it, on which terms, from which global adapter.
 

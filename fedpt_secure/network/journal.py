@@ -20,6 +20,7 @@ from typing import BinaryIO, Literal
 import msgspec
 
 from fedpt_secure import files
+from fedpt_secure.crypto.structs import resolved
 from fedpt_secure.errors import RunDirectoryError
 
 _MAGIC = b"fedpt-secure/journal/1\n"
@@ -31,6 +32,7 @@ Phase = Literal["advertise", "share_keys", "mask", "confirm", "unmask"]
 """The phases of a round, as `federation.PHASES` has them."""
 
 
+@resolved
 class Began(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True, tag=1):
     """The round began, as this attempt."""
 
@@ -38,6 +40,7 @@ class Began(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=
     attempt: int
 
 
+@resolved
 class Accepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True, tag=2):
     """A client's message was accepted."""
 
@@ -46,6 +49,7 @@ class Accepted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_li
     body: bytes
 
 
+@resolved
 class Lost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True, tag=3):
     """A client dropped out of the round in this phase."""
 
@@ -55,6 +59,7 @@ class Lost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=T
     declined: str = ""
 
 
+@resolved
 class Closed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True, tag=4):
     """The phase is over; what was accepted of it is all there is."""
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from fedpt_secure import files
+from fedpt_secure.crypto.structs import resolved
 from fedpt_secure.errors import RunDirectoryError
 
 State = Literal["starting", "gathering", "round", "idle", "stopped", "done", "failed"]
@@ -21,6 +22,7 @@ _LARGEST = 64 << 20
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
+@resolved
 class ClientLine(msgspec.Struct, forbid_unknown_fields=True):
     """A client as the server sees it.
 
@@ -41,6 +43,7 @@ class ClientLine(msgspec.Struct, forbid_unknown_fields=True):
     seen: str = ""
 
 
+@resolved
 class Status(msgspec.Struct, forbid_unknown_fields=True):
     """What a process is doing.
 

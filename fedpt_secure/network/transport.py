@@ -7,6 +7,7 @@ from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
+from fedpt_secure.crypto.structs import resolved
 from fedpt_secure.errors import RoundError
 
 LARGEST_BODY = 1 << 30
@@ -16,6 +17,7 @@ SETTLE = "settle"
 """All rounds below a number are durable at the server."""
 
 
+@resolved
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """What a client is asked: a phase of a round (`federation.PHASES`), `hello` or `settle`, and the phase's bytes."""
 
@@ -36,6 +38,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
         return _decode(content, cls)
 
 
+@resolved
 class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """What a client answers.
 
@@ -62,6 +65,7 @@ class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=
         return _decode(content, cls)
 
 
+@resolved
 class Settle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """The body of a `settle`: the results of all rounds below `rounds_done` are durable at the server."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from fedpt_secure.crypto.structs import resolved
 from fedpt_secure.data.token_bytes import TokenBytes
 from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.errors import BlackBoxError, ModelError
@@ -35,16 +36,19 @@ _PREFIXES_AT_ONCE = 8
 """The server answers a request when all its prompts are done; more would look like silence on a busy machine."""
 
 
+@resolved
 class _Entry(msgspec.Struct):
     id: int
     logprob: float
 
 
+@resolved
 class _Place(msgspec.Struct):
     id: int
     top_logprobs: list[_Entry]
 
 
+@resolved
 class _Completion(msgspec.Struct):
     tokens_evaluated: int
     truncated: bool
@@ -53,10 +57,12 @@ class _Completion(msgspec.Struct):
     completion_probabilities: list[_Place] = []
 
 
+@resolved
 class _Settings(msgspec.Struct):
     n_ctx: int
 
 
+@resolved
 class _Properties(msgspec.Struct):
     default_generation_settings: _Settings
     total_slots: int = 1
@@ -65,23 +71,28 @@ class _Properties(msgspec.Struct):
     build_info: str = ""
 
 
+@resolved
 class _Meta(msgspec.Struct):
     n_vocab: int
 
 
+@resolved
 class _Model(msgspec.Struct):
     id: str
     meta: _Meta
 
 
+@resolved
 class _Models(msgspec.Struct):
     data: list[_Model]
 
 
+@resolved
 class _Tokens(msgspec.Struct):
     tokens: list[int]
 
 
+@resolved
 class _Content(msgspec.Struct):
     content: str
 

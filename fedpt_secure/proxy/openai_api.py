@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from fedpt_secure.crypto.structs import resolved
 from fedpt_secure.data.token_bytes import TokenBytes
 from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.errors import BlackBoxError, ConfigError, ModelError
@@ -55,6 +56,10 @@ class _Content(msgspec.Struct):
     top_logprobs: list[_Content] = []
 
 
+resolved(_Content)  # it names itself, which it can once it has its name
+
+
+@resolved
 class _Logprobs(msgspec.Struct):
     tokens: list[str] | None = None
     token_logprobs: list[float | None] | None = None
@@ -62,11 +67,13 @@ class _Logprobs(msgspec.Struct):
     content: list[_Content] | None = None
 
 
+@resolved
 class _PromptEntry(msgspec.Struct):
     logprob: float
     decoded_token: str | None = None
 
 
+@resolved
 class _Choice(msgspec.Struct):
     index: int = 0
     text: str = ""
@@ -74,20 +81,24 @@ class _Choice(msgspec.Struct):
     prompt_logprobs: list[dict[str, _PromptEntry] | None] | None = None
 
 
+@resolved
 class _UsageField(msgspec.Struct):
     prompt_tokens: int | None = None
 
 
+@resolved
 class _Completion(msgspec.Struct):
     choices: list[_Choice]
     usage: _UsageField | None = None
 
 
+@resolved
 class _Meta(msgspec.Struct):
     n_ctx: int | None = None
     n_vocab: int | None = None
 
 
+@resolved
 class _Model(msgspec.Struct):
     id: str
     owned_by: str | None = None
@@ -95,10 +106,12 @@ class _Model(msgspec.Struct):
     meta: _Meta | None = None
 
 
+@resolved
 class _Models(msgspec.Struct):
     data: list[_Model]
 
 
+@resolved
 class _Tokens(msgspec.Struct):
     tokens: list[int]
 
