@@ -129,31 +129,38 @@ def _deep(rate: float, *, whitening: float, clients: int) -> Recipe:
     )
 
 
-def _wide(rate: float, *, rounds: int, average_decay: float = 0.0) -> Recipe:
+def _wide(rate: float, scale: Scale, *, average_decay: float = 0.0, **classes: Any) -> Recipe:
     """Under noise: the common matrix, with a bias of the head's classes, by every record's every position.
 
     Args:
         rate: of the server's momentum, which unlike Adam's follows the noise.
+        classes: settings of the sampled softmax.
     """
     return Recipe(
         {
             "lora": {"output_bias": 0.03},
             "training": {
                 "sampled_positions": EVERY_POSITION,
-                "output_classes": 2048,
                 "server_optimizer": "momentum",
                 "server_learning_rate": rate,
                 "average_decay": average_decay,
+                **classes,
             },
         },
-        Scale(rounds=rounds, clients=214, records=1850),
+        scale,
     )
 
 
 DEPARTURES: Mapping[tuple[str, float], Recipe] = {
     ("chat", math.inf): _deep(0.0015, whitening=0.0, clients=5),
-    ("chat", 8.0): _wide(27.0, rounds=64, average_decay=0.85),
-    ("chat", 4.0): _wide(15.0, rounds=48),
+    ("chat", 8.0): _wide(
+        32.0,
+        Scale(rounds=64, clients=214, records=2500),
+        average_decay=0.85,
+        output_classes=768,
+        output_classes_by="record",
+    ),
+    ("chat", 4.0): _wide(15.0, Scale(rounds=48, clients=214, records=1850), output_classes=2048),
     ("medquad", math.inf): _deep(0.0025, whitening=0.5, clients=4),
     ("medquad", 8.0): Recipe(
         {"lora": {"rank": 512, "whitening": 0.5}, "training": {"sampled_positions": 64, "output_classes": 2048}},
