@@ -154,9 +154,9 @@ def _wide(rate: float, scale: Scale, *, average_decay: float = 0.0, **classes: A
 DEPARTURES: Mapping[tuple[str, float], Recipe] = {
     ("chat", math.inf): _deep(0.0015, whitening=0.0, clients=5),
     ("chat", 8.0): _wide(
-        32.0,
+        36.0,
         Scale(rounds=64, clients=214, records=2500),
-        average_decay=0.85,
+        average_decay=0.8,
         output_classes=768,
         output_classes_by="record",
     ),
