@@ -198,11 +198,10 @@ class RecordSums:
             hidden = judged[index, rows].requires_grad_()
             bias = None if self._bias is None else self._bias.clone().requires_grad_()
             sampled = SampledHead.of(self._head_lower, draw.with_own(self._likely[record]))
-            head_loss(hidden, self._head_lower, targets[index, rows], sampled, bias).backward()
-            assert hidden.grad is not None
-            gradient[index, rows] = hidden.grad
-            if by_bias is not None and bias is not None and bias.grad is not None:
-                by_bias[index] = bias.grad
+            loss = head_loss(hidden, self._head_lower, targets[index, rows], sampled, bias)
+            gradient[index, rows], *of_bias = torch.autograd.grad(loss, [hidden] if bias is None else [hidden, bias])
+            if by_bias is not None:
+                (by_bias[index],) = of_bias
         return gradient, by_bias
 
     @torch.no_grad()
