@@ -15,19 +15,24 @@ by text, a text that several tokens share (fragments of a character) is no token
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import msgspec
-
-from fedpt_secure.crypto.structs import resolved
 from fedpt_secure.data.token_bytes import TokenBytes
 from fedpt_secure.data.tokenizer import TextTokenizer
 from fedpt_secure.errors import BlackBoxError, ConfigError, ModelError
 from fedpt_secure.lm.vocabulary import Vocabulary
 from fedpt_secure.proxy.black_box import Capabilities
 from fedpt_secure.proxy.http_transport import ApiRefusal, ApiUsage, HttpTransport
+from fedpt_secure.proxy.openai_answers import (
+    AnswerReader,
+    Choice,
+    Completion,
+    NoLogprobs,
+    decode_completion,
+    decode_models,
+    decode_tokens,
+)
 from fedpt_secure.proxy.top_logprobs import TopLogprobs
 from fedpt_secure.proxy.vocabulary_check import probe_text, require_same_ids
 
@@ -42,81 +47,8 @@ USUAL_TOP_K: Mapping[Dialect, int] = {"vllm": 20, "llamacpp": 1000, "other": 5}
 _TEXTS_AT_ONCE = 32
 _BYTES_PER_ENTRY = 512
 _ANSWER_BYTES = 64 << 10
-_TOKEN_ID = re.compile(r"token_id:(\d{1,9})")
-_BYTES = re.compile(r"bytes:((?:\\x[0-9a-fA-F]{2})+)")
 _PROBE_TOKENS = 16
 _FORCED = 1e6
-
-
-class _Content(msgspec.Struct):
-    """llama.cpp's entries, in the style of chat completions."""
-
-    logprob: float
-    id: int | None = None
-    top_logprobs: list[_Content] = []
-
-
-resolved(_Content)  # it names itself, which it can once it has its name
-
-
-@resolved
-class _Logprobs(msgspec.Struct):
-    tokens: list[str] | None = None
-    token_logprobs: list[float | None] | None = None
-    top_logprobs: list[dict[str, float] | None] | None = None
-    content: list[_Content] | None = None
-
-
-@resolved
-class _PromptEntry(msgspec.Struct):
-    logprob: float
-    decoded_token: str | None = None
-
-
-@resolved
-class _Choice(msgspec.Struct):
-    index: int = 0
-    text: str = ""
-    logprobs: _Logprobs | None = None
-    prompt_logprobs: list[dict[str, _PromptEntry] | None] | None = None
-
-
-@resolved
-class _UsageField(msgspec.Struct):
-    prompt_tokens: int | None = None
-
-
-@resolved
-class _Completion(msgspec.Struct):
-    choices: list[_Choice]
-    usage: _UsageField | None = None
-
-
-@resolved
-class _Meta(msgspec.Struct):
-    n_ctx: int | None = None
-    n_vocab: int | None = None
-
-
-@resolved
-class _Model(msgspec.Struct):
-    id: str
-    owned_by: str | None = None
-    max_model_len: int | None = None
-    meta: _Meta | None = None
-
-
-@resolved
-class _Models(msgspec.Struct):
-    data: list[_Model]
-
-
-@resolved
-class _Tokens(msgspec.Struct):
-    tokens: list[int]
-
-
-_decode: Callable[[bytes], _Completion] = msgspec.json.Decoder(_Completion).decode
 
 
 class OpenAISource:
@@ -143,6 +75,7 @@ class OpenAISource:
         self._width = width
         self.dialect: Dialect = dialect
         self._echo = prompt_logprobs and dialect == "other"
+        self._reader = AnswerReader(tokens, vocabulary_size=vocabulary.size, width=width, echo=self._echo)
         self._capabilities = Capabilities(
             full_vocabulary=top_k >= vocabulary.size,
             largest_top_k=top_k,
@@ -241,7 +174,7 @@ class OpenAISource:
                 options["logit_bias"] = {str(self._tokens.plain): _FORCED}
             columns = top_k + self._width - self._vocabulary.size
             for choice in self._complete(some, logprobs=columns, positions=len(some), **options):
-                answers.append(self._generated(choice, top_k))
+                answers.append(self._reader.generated(choice, top_k))
         return answers
 
     def last_positions(self, text: Sequence[int], count: int, top_k: int) -> list[TopLogprobs]:
@@ -252,8 +185,8 @@ class OpenAISource:
         options: dict[str, Any] = {"echo": True} if self._echo else {"prompt_logprobs": top_k}
         (choice,) = self._complete([list(text)], logprobs=top_k, positions=len(text) + 1, **options)
         first = len(text) - count + 1  # predicted from the token before it
-        inner = [self._at(choice, place, len(text), top_k) for place in range(first, len(text))]
-        return [*inner, self._generated(choice, top_k, place=len(text) if self._echo else 0)]
+        inner = [self._reader.at(choice, place, len(text), top_k) for place in range(first, len(text))]
+        return [*inner, self._reader.generated(choice, top_k, place=len(text) if self._echo else 0)]
 
     def token_scores(self, text: Sequence[int], candidates: Sequence[int]) -> list[float]:
         """`TopSource.token_scores`: each candidate behind the text, as the last token of a prompt."""
@@ -267,7 +200,7 @@ class OpenAISource:
             # The reply of `logprobs=1` is needed by echo only; the fresh token is not looked at.
             choices = self._complete(texts, logprobs=1, positions=2 * sum(map(len, texts)), **options)
             for candidate, choice in zip(some, choices, strict=True):
-                scores.append(self._own_score(choice, len(text), candidate))
+                scores.append(self._reader.own_score(choice, len(text), candidate))
         return scores
 
     def biased_token(self, text: Sequence[int], bias: dict[int, float], *, temperature: float, top_p: float) -> int:
@@ -283,19 +216,7 @@ class OpenAISource:
         (choice,) = self._complete(
             [list(text)], logprobs=None if self.dialect == "other" else 1, positions=1, **options
         )
-        if choice.logprobs is not None and choice.logprobs.content:
-            token = choice.logprobs.content[0].id
-        elif self.dialect == "vllm" and choice.logprobs is not None and choice.logprobs.tokens:
-            token = self._id_of(choice.logprobs.tokens[0])
-        else:
-            ids = self._tokens.ids_of(choice.text.encode())
-            token = ids[0] if len(ids) == 1 else None
-        if token is None or not 0 <= token < self._vocabulary.size:
-            raise BlackBoxError(
-                f"the API chose {choice.text!r}, which is not exactly one token of ours",
-                hint="this server cannot be steered token by token; one that returns token ids can (vLLM, llama.cpp)",
-            )
-        return token
+        return self._reader.chosen(choice, names_ids=self.dialect == "vllm")
 
     def _settled(self, tokenizer: TextTokenizer) -> OpenAISource:
         """The source as it is used: with what a probe of known ids shows."""
@@ -311,14 +232,14 @@ class OpenAISource:
                 if self.dialect != "other":
                     raise _too_many(top_k, refusal) from refusal
                 prompt_logprobs = False
-            except _NoLogprobs:
+            except NoLogprobs:
                 prompt_logprobs = False
         if not prompt_logprobs and top_k > 0:
             try:
                 self.next_tokens([probe], top_k)
             except ApiRefusal as refusal:
                 raise _too_many(top_k, refusal) from refusal
-            except _NoLogprobs:
+            except NoLogprobs:
                 top_k = 0
         return OpenAISource(
             self._transport,
@@ -357,7 +278,7 @@ class OpenAISource:
             answer = self._transport.post(
                 f"{self._transport.endpoint.origin}/tokenize",
                 body,
-                msgspec.json.Decoder(_Tokens).decode,
+                decode_tokens,
                 largest_answer_bytes=_ANSWER_BYTES + 32 * len(text),
             ).result()
         except ApiRefusal as refusal:
@@ -368,7 +289,7 @@ class OpenAISource:
 
     def _complete(
         self, texts: list[list[int]], *, logprobs: int | None, positions: int, **options: Any
-    ) -> list[_Choice]:
+    ) -> list[Choice]:
         """One request for a token after each text; choices in the order of the texts."""
         body: dict[str, Any] = {
             "model": self._model,
@@ -391,9 +312,9 @@ class OpenAISource:
             raise BlackBoxError(f"the API gave {len(completion.choices)} choices for {len(texts)} prompts")
         return [by_index[index] for index in range(len(texts))]
 
-    def _ask(self, body: Mapping[str, Any], *, limit: int, prompt_tokens: int) -> _Completion:
+    def _ask(self, body: Mapping[str, Any], *, limit: int, prompt_tokens: int) -> Completion:
         return self._transport.post(
-            f"{self._url}/completions", body, _decode, largest_answer_bytes=limit, prompt_tokens=prompt_tokens
+            f"{self._url}/completions", body, decode_completion, largest_answer_bytes=limit, prompt_tokens=prompt_tokens
         ).result()
 
     def _require(self, top_k: int) -> None:
@@ -404,107 +325,12 @@ class OpenAISource:
                 hint="ask for fewer and fill the rest in by the small LM's shape (`CompletedLM`)",
             )
 
-    def _generated(self, choice: _Choice, top_k: int, *, place: int = 0) -> TopLogprobs:
-        """The distribution of the fresh token."""
-        logprobs = choice.logprobs
-        if logprobs is None or (logprobs.content is None and logprobs.top_logprobs is None):
-            raise _NoLogprobs("the API returned no log-probabilities")
-        if logprobs.content is not None:
-            if not logprobs.content:
-                raise BlackBoxError("the API returned the log-probabilities of no position")
-            entries = logprobs.content[0].top_logprobs
-            if any(entry.id is None for entry in entries):
-                raise BlackBoxError("the API's log-probabilities name no token ids")
-            ids = [-1 if entry.id is None else entry.id for entry in entries]
-            return self._checked(ids, [entry.logprob for entry in entries], top_k, strict=True)
-        return self._by_name(logprobs.top_logprobs or [], place, top_k)
-
-    def _at(self, choice: _Choice, place: int, length: int, top_k: int) -> TopLogprobs:
-        """The distribution of the prompt token at `place`."""
-        if self._echo:
-            logprobs = choice.logprobs
-            if logprobs is None or logprobs.top_logprobs is None:
-                raise _NoLogprobs("the API returned no log-probabilities of the prompt")
-            if len(logprobs.top_logprobs) != length + 1:
-                raise _NoLogprobs(f"the API scored {len(logprobs.top_logprobs)} positions of {length + 1}")
-            return self._by_name(logprobs.top_logprobs, place, top_k)
-        scored = choice.prompt_logprobs
-        if scored is None:
-            raise _NoLogprobs("the API returned no log-probabilities of the prompt")
-        entries = scored[place] if len(scored) == length else None
-        if entries is None:
-            raise BlackBoxError(f"the API scored {len(scored)} positions of a prompt of {length}, one of them absent")
-        return self._checked(
-            [_number(name) for name in entries], [entry.logprob for entry in entries.values()], top_k, strict=True
-        )
-
-    def _own_score(self, choice: _Choice, place: int, token: int) -> float:
-        """The log-probability of the prompt's own token at `place`."""
-        value: float | None = None
-        if self._echo and choice.logprobs is not None and choice.logprobs.token_logprobs is not None:
-            scores = choice.logprobs.token_logprobs
-            value = scores[place] if place < len(scores) else None
-        elif choice.prompt_logprobs is not None and place < len(choice.prompt_logprobs):
-            entry = (choice.prompt_logprobs[place] or {}).get(str(token))
-            value = entry.logprob if entry is not None else None
-        if value is None:
-            raise BlackBoxError(f"the API did not score token {token} where it was asked to")
-        return float(TopLogprobs.checked([token], [value], asked=1, vocabulary_size=self._vocabulary.size).logprobs[0])
-
-    def _by_name(self, places: Sequence[Mapping[str, float] | None], place: int, top_k: int) -> TopLogprobs:
-        entries = places[place] if place < len(places) else None
-        if entries is None:
-            raise BlackBoxError(f"the API returned the log-probabilities of {len(places)} positions, {place} not among")
-        ranked = sorted(entries.items(), key=lambda entry: -entry[1])
-        named = [(self._id_of(name), logprob) for name, logprob in ranked]
-        lossless = all(token is not None for token, _ in named)
-        if not lossless:
-            # Texts that fall together leave room where the text's own token, added last, would pass as a likely one.
-            named = named[: min(top_k, len(named) - 1)]
-        known = [(token, logprob) for token, logprob in named if token is not None]
-        if not known:
-            raise BlackBoxError(
-                f"none of the API's {len(entries)} tokens is one of ours, the first being {next(iter(entries), '')!r}",
-                hint="give the tokenizer the server's model was published with (--large-tokenizer)",
-            )
-        return self._checked([token for token, _ in known], [logprob for _, logprob in known], top_k, strict=lossless)
-
-    def _id_of(self, name: str) -> int | None:
-        """The id a name in an answer means; None for a text that is no single token of ours.
-
-        Raises:
-            BlackBoxError: a whole text that no token of ours stands for.
-        """
-        if match := _TOKEN_ID.fullmatch(name):
-            return int(match[1])
-        content = bytes.fromhex(match[1].replace("\\x", "")) if (match := _BYTES.fullmatch(name)) else name.encode()
-        ids = self._tokens.ids_of(content)
-        if not ids and "\ufffd" not in name:
-            raise BlackBoxError(
-                f"the API answered with the token {name!r}, which our tokenizer does not have",
-                hint="give the tokenizer the server's model was published with (--large-tokenizer)",
-            )
-        return ids[0] if len(ids) == 1 else None
-
-    def _checked(self, ids: Sequence[int], logprobs: Sequence[float], top_k: int, *, strict: bool) -> TopLogprobs:
-        return TopLogprobs.checked(
-            ids, logprobs, asked=top_k, vocabulary_size=self._vocabulary.size, width=self._width, strict=strict
-        )
-
-
-class _NoLogprobs(BlackBoxError):
-    """An answer without the log-probabilities that were asked for."""
-
 
 def _identify(transport: HttpTransport) -> tuple[str, Dialect, int | None, int | None]:
     """The model's name, the server's dialect, and the context length and output columns where the server tells them."""
     url, wanted = transport.endpoint.url, transport.endpoint.model
     try:
-        models = (
-            transport.get(f"{url}/models", msgspec.json.Decoder(_Models).decode, largest_answer_bytes=4 << 20)
-            .result()
-            .data
-        )
+        models = transport.get(f"{url}/models", decode_models, largest_answer_bytes=4 << 20).result().data
     except ApiRefusal as refusal:
         if refusal.status not in (404, 405):
             raise
@@ -526,12 +352,6 @@ def _identify(transport: HttpTransport) -> tuple[str, Dialect, int | None, int |
     context = found.max_model_len or (found.meta.n_ctx if found.meta else None)
     width = found.meta.n_vocab if found.meta else None
     return found.id, owners.get(found.owned_by or "", "other"), context, width
-
-
-def _number(name: str) -> int:
-    if not name.isdecimal() or len(name) > 9:
-        raise BlackBoxError(f"the API names a token {name!r} where an id was expected")
-    return int(name)
 
 
 def _too_many(top_k: int, refusal: ApiRefusal) -> BlackBoxError:
