@@ -181,6 +181,10 @@ def _report(
         "cohort": summary["training"]["cohort"],
         "sampling_rate": result.config.privacy.sampling_rate,
         "trained_parameters": result.dimension,
+        "settings": {
+            group: getattr(result.config, group).model_dump(mode="json", exclude_none=True)
+            for group in ("lora", "training")
+        },
         "seconds": summary["seconds"],
         "bytes": summary["bytes"],
         "private": result.statement.private,

@@ -60,6 +60,8 @@ def test_it_prints_the_promised_object_and_keeps_the_ceiling(command):
     assert low <= result["gap_closed"] <= high
     assert result["private"]
     assert "epsilon <= 7.9" in result["privacy"]
+    assert result["settings"]["training"]["server_optimizer"] == "momentum"  # the recipe's
+    assert result["settings"]["lora"]["rank"] == 2  # the command line's
     gap = result["arms"]["large_base"] - result["arms"]["large_tuned_directly"]
     gain = result["arms"]["large_base"] - result["arms"]["proxy_tuned"]
     rounding = 1e-4 * (1 + abs(result["gap_closed"])) / gap  # of four digits in each of the three arms
