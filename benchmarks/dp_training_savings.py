@@ -22,7 +22,8 @@ from torch.nn.functional import cross_entropy
 from fedpt_secure.lm.head_loss import SampledHead, head_loss
 from fedpt_secure.lm.output_classes import OutputClasses, draw_classes
 from fedpt_secure.lm.small import SmallLM
-from fedpt_secure.lm.split import SplitLM, TrainingCompute, split_model
+from fedpt_secure.lm.split import SplitLM, split_model
+from fedpt_secure.lm.training_compute import TrainingCompute
 from fedpt_secure.privacy import SampledPositions, SmallExample, clipped_sum
 
 CACHE_BYTES = 1 << 30

@@ -22,8 +22,8 @@ from fedpt_secure.lm.base import BUILTIN, BaseLM, builtin_directory, load_builti
 from fedpt_secure.lm.directions import FILE as DIRECTIONS
 from fedpt_secure.lm.directions import Directions
 from fedpt_secure.lm.small import SmallLM
-from fedpt_secure.lm.split import TrainingCompute, training_dtype
 from fedpt_secure.lm.token_map import TokenMap
+from fedpt_secure.lm.training_compute import TrainingCompute, training_dtype
 from fedpt_secure.lm.vocabulary import Vocabulary
 from fedpt_secure.privacy import SampledPositions, SecureRandom, SmallExample, clipped_sum
 

@@ -18,7 +18,7 @@ from fedpt_secure.lm.devices import resolve_device
 from fedpt_secure.lm.large_weights import LargeWeights, resolve_endpoint, resolve_large
 from fedpt_secure.lm.output_classes import count_classes
 from fedpt_secure.lm.small import SmallLM
-from fedpt_secure.lm.split import TrainingCompute, training_dtype
+from fedpt_secure.lm.training_compute import TrainingCompute, training_dtype
 from fedpt_secure.lm.vocabulary import Vocabulary, load_tokenizer
 from fedpt_secure.progress import Progress
 from fedpt_secure.proxy import (

@@ -20,7 +20,8 @@ from fedpt_secure.lm.directions import Directions
 from fedpt_secure.lm.output_bias import HEAD, PARAMETER, class_units, expected_warnings, with_output_bias
 from fedpt_secure.lm.output_classes import StepClasses, draw_classes, draw_rest, rank_classes
 from fedpt_secure.lm.part import TrainedPart, layer_of
-from fedpt_secure.lm.split import EXACT_COMPUTE, SplitLM, TrainingCompute, split_model
+from fedpt_secure.lm.split import SplitLM, split_model
+from fedpt_secure.lm.training_compute import EXACT_COMPUTE, TrainingCompute
 
 FloatVector = npt.NDArray[np.float32]
 

@@ -14,9 +14,9 @@ the layer, and its input is kept.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -27,42 +27,15 @@ from fedpt_secure.lm.head_loss import SampledHead, head_loss
 from fedpt_secure.lm.output_bias import PARAMETER, head_bias_of
 from fedpt_secure.lm.output_classes import ClassDraw, OutputClasses, StepClasses, likely_classes
 from fedpt_secure.lm.part import place_of
+from fedpt_secure.lm.shelf import MemoryBound, Shelf
+from fedpt_secure.lm.training_compute import TrainingCompute
 
 SPLITTABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose model is embeddings, layers, a norm and a linear head, and whose layers end in `h + mlp(norm(h))`."""
 
 _DOWN_PROJ = "mlp.down_proj."
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingCompute:
-    """How gradients are computed. It changes their rounding, never what they are gradients of.
-
-    Attributes:
-        dtype: of matrix products in training, float32 or bfloat16; adapter, softmax and clipping are in float32 or
-            finer.
-        cache_bytes: most memory for kept activations; 0 keeps none.
-    """
-
-    dtype: torch.dtype = torch.float32
-    cache_bytes: int = 0
-
-
-EXACT_COMPUTE = TrainingCompute()
-"""In float32, and nothing kept."""
-
-
-def training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the processor multiplies it in hardware, else float32.
-
-    Raises:
-        ConfigError: not one of `auto`, `float32` and `bfloat16`.
-    """
-    if name == "auto":
-        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
-    if name not in ("float32", "bfloat16"):
-        raise ConfigError(f"training_dtype {name!r} is not one of auto, float32 and bfloat16")
-    return torch.float32 if name == "float32" else torch.bfloat16
+_Example: TypeAlias = tuple[tuple[int, ...], int]
+"""Token ids, and the first position with loss where only positions with loss are kept (else 0)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +97,9 @@ class SplitLM:
             above[-1] = self._last = _AskedRows(layers[-1])
         self._above = _with_layers(self._backbone, above)
         self._frozen_part: _Frozen | None = None
-        self._cache: dict[tuple[tuple[int, ...], int], Activations] = {}
-        self._cached_bytes = 0
-        self._likely: dict[tuple[tuple[int, ...], int], torch.Tensor] = {}
+        self._memory = MemoryBound(compute.cache_bytes)
+        self._kept: Shelf[_Example, Activations] = Shelf(self._memory)
+        self._likely: Shelf[_Example, torch.Tensor] = Shelf(self._memory)
         self._sampled: tuple[OutputClasses, _Frozen, SampledHead] | None = None
 
     @property
@@ -137,19 +110,18 @@ class SplitLM:
     @property
     def cached_bytes(self) -> int:
         """Bytes of kept activations and likely classes, at most the bound."""
-        return self._cached_bytes
+        return self._memory.held
 
     @property
     def cached_examples(self) -> int:
         """How many examples' activations are kept."""
-        return len(self._cache)
+        return len(self._kept)
 
     def forget(self, ids: tuple[int, ...], loss_from: int) -> None:
         """Drop what is kept of an example, if anything is; it is computed again when it is asked for again."""
         key = self._key(ids, loss_from)
-        for kept in (self._cache.pop(key, None), self._likely.pop(key, None)):
-            if kept is not None:
-                self._cached_bytes -= kept.nbytes
+        self._kept.drop(key)
+        self._likely.drop(key)
 
     def loss(
         self, ids: tuple[int, ...], loss_from: int, rows: torch.Tensor, classes: StepClasses | None = None
@@ -214,32 +186,24 @@ class SplitLM:
         if kept is None or len(kept) != count:
             targets = torch.tensor(ids[loss_from:], device=activations.below.device)
             hidden = self._backbone.norm(activations.below.float())
-            computed = likely_classes(hidden, frozen.head_weight, targets, count).int()
-            held = 0 if kept is None else kept.nbytes
-            if self._cached_bytes + computed.nbytes - held <= self._compute.cache_bytes:
-                self._likely[key] = computed
-                self._cached_bytes += computed.nbytes - held
-            kept = computed
+            kept = likely_classes(hidden, frozen.head_weight, targets, count).int()
+            self._likely.keep(key, kept)
         return kept.long()
 
     @property
     def _lower(self) -> bool:
         return self._compute.dtype != torch.float32
 
-    def _key(self, ids: tuple[int, ...], loss_from: int) -> tuple[tuple[int, ...], int]:
+    def _key(self, ids: tuple[int, ...], loss_from: int) -> _Example:
         return ids, loss_from if self._by_position else 0
 
     def _activations(self, frozen: _Frozen, ids: tuple[int, ...], loss_from: int) -> Activations:
         key = self._key(ids, loss_from)
-        kept = self._cache.get(key)
-        if kept is not None:
-            return kept
-        computed = self._run_below(frozen, ids, loss_from)
-        # What is full stays as it is: dropping the oldest would, over passes in one order, drop all before their use.
-        if self._cached_bytes + computed.nbytes <= self._compute.cache_bytes:
-            self._cache[key] = computed
-            self._cached_bytes += computed.nbytes
-        return computed
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._run_below(frozen, ids, loss_from)
+            self._kept.keep(key, kept)
+        return kept
 
     @torch.no_grad()
     def _run_below(self, frozen: _Frozen, ids: tuple[int, ...], loss_from: int) -> Activations:
@@ -255,9 +219,8 @@ class SplitLM:
         """The frozen part; cast again, and what is kept forgotten, where one of its parameters has changed."""
         versions = tuple((parameter.data_ptr(), parameter._version) for parameter in self._frozen_parameters())
         if self._frozen_part is None or versions != self._frozen_part.versions:
-            self._cache.clear()
+            self._kept.clear()
             self._likely.clear()
-            self._cached_bytes = 0
             below, tap = self._build_below()
             self._frozen_part = _Frozen(versions, below, tap, self._head.weight.detach().to(self._compute.dtype))
         return self._frozen_part
@@ -386,14 +349,3 @@ def _cast_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in another dtype that is never held in the first one as well."""
     cast = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, dict(cast)).to(dtype)
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    probes: list[Callable[[], bool]] = [
-        getattr(torch.cpu, name)
-        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        if hasattr(torch.cpu, name)
-    ]
-    return device.type == "cpu" and any(probe() for probe in probes)

@@ -14,8 +14,8 @@ from fedpt_secure.lm.base import BaseLM
 from fedpt_secure.lm.memory import training_memory
 from fedpt_secure.lm.part import WHOLE, TrainedPart
 from fedpt_secure.lm.small import SmallLM
-from fedpt_secure.lm.split import TrainingCompute
 from fedpt_secure.lm.token_map import TokenMap
+from fedpt_secure.lm.training_compute import TrainingCompute
 from fedpt_secure.privacy import SmallExample, example_loss
 from fedpt_secure.privacy.bookkeeping import bookkeeping_gradients
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -26,8 +24,9 @@ from fedpt_secure.lm import split as module
 from fedpt_secure.lm.base import BaseLM
 from fedpt_secure.lm.output_classes import draw_rest
 from fedpt_secure.lm.small import SmallLM
-from fedpt_secure.lm.split import EXACT_COMPUTE, SPLITTABLE, TrainingCompute, training_dtype
+from fedpt_secure.lm.split import SPLITTABLE
 from fedpt_secure.lm.token_map import TokenMap
+from fedpt_secure.lm.training_compute import EXACT_COMPUTE, TrainingCompute
 from fedpt_secure.privacy import SmallExample, example_losses
 
 VOCABULARY = 64
@@ -129,7 +128,7 @@ def test_what_is_kept_never_passes_the_bound():
         split_loss(small, (shift, *IDS))
     split = small.split
     assert 0 < split.cached_examples < 40
-    assert split.cached_bytes == sum(kept.nbytes for kept in split._cache.values()) <= bound
+    assert split.cached_bytes == sum(split._kept.get(example).nbytes for example in split._kept) <= bound
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -204,10 +203,10 @@ def test_kept_likely_classes_change_no_bit_and_are_those_of_the_untrained_model(
     with kept.model.disable_adapter():
         mass = torch.softmax(kept.model(torch.tensor([IDS])).logits[0, 2:-1], dim=1).sum(0)
     wanted = set(mass.topk(30).indices.tolist()) | set(IDS[3:])
-    (found,) = (classes for (ids, _), classes in kept.split._likely.items() if ids == IDS)
+    (found,) = (kept.split._likely.get(example) for example in kept.split._likely if example[0] == IDS)
     assert set(IDS[3:]) & set(found.tolist())
     assert set(found.tolist()) <= wanted
-    assert not fresh.split._likely
+    assert len(fresh.split._likely) == 0
 
 
 def test_likely_classes_count_within_the_bound_are_forgotten_and_follow_their_number():
@@ -271,26 +270,6 @@ def test_an_adapted_head_is_not_cut():
     lora = LoraSettings(rank=2, layers=0, modules=("lm_head", "down_proj"))
     base = BaseLM(FAMILIES["llama"](), TokenMap.identity(VOCABULARY), "tiny")
     assert SmallLM(base, lora, seed=0, device=torch.device("cpu")).split is None
-
-
-@pytest.mark.parametrize("supported", [True, False])
-def test_auto_is_bfloat16_where_the_processor_has_it(supported, monkeypatch):
-    monkeypatch.setattr(
-        module,
-        "torch",
-        SimpleNamespace(
-            cpu=SimpleNamespace(_is_avx512_bf16_supported=lambda: supported), bfloat16="bf16", float32="f32"
-        ),
-    )
-    assert training_dtype("auto", torch.device("cpu")) == ("bf16" if supported else "f32")
-    assert training_dtype("float32", torch.device("cpu")) == "f32"
-    assert training_dtype("bfloat16", torch.device("cpu")) == "bf16"
-    assert training_dtype("auto", torch.device("mps")) == "f32"
-
-
-def test_another_type_is_refused():
-    with pytest.raises(ConfigError, match="float16"):
-        training_dtype("float16", torch.device("cpu"))
 
 
 def test_a_cast_copy_shares_nothing_and_is_made_from_cast_weights(monkeypatch):

@@ -13,8 +13,9 @@ from fedpt_secure.config import LoraSettings, RunConfig, build
 from fedpt_secure.errors import ConfigError, PrivacyError
 from fedpt_secure.lm.base import BaseLM
 from fedpt_secure.lm.small import SmallLM
-from fedpt_secure.lm.split import SplitLM, TrainingCompute
+from fedpt_secure.lm.split import SplitLM
 from fedpt_secure.lm.token_map import TokenMap
+from fedpt_secure.lm.training_compute import TrainingCompute
 from fedpt_secure.privacy import (
     DpSgdSettings,
     InsecureDeterministicRandom,
