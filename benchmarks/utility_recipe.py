@@ -104,6 +104,9 @@ class Recipe:
                 "minimum_survivors": math.ceil(SURVIVING * cohort),
             },
             "privacy": {"sampling_rate": float(f"{rate:.3g}")},
+            # So that a round's mean is over the records it expects, as in simulation, where rates were chosen. Adam
+            # does not see the difference; momentum does.
+            "training": {"normaliser": float(f"{len(records.train) / records.clients:.4g}")},
         }
         changed = {}
         for name, values in suited.items():

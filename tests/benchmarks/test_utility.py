@@ -15,8 +15,10 @@ import torch
 
 from fedpt_secure.config import RunConfig, build, overlay
 from fedpt_secure.errors import ConfigError, DataError
+from fedpt_secure.federation.mechanisms import build_mechanism
 from fedpt_secure.lm.base import builtin_directory
 from fedpt_secure.lm.directions import FILE, Directions
+from fedpt_secure.privacy import SecureRandom
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = [path.stem for path in BENCHMARKS.glob("utility*.py")]
@@ -187,6 +189,23 @@ def test_a_departure_holds_for_its_data_set_and_noise_alone(benchmark):
     assert suited.privacy.sampling_rate * 6184 * suited.federation.cohort / 214 == pytest.approx(32, rel=1e-2)
     assert suited.federation.rounds > scale.of(math.inf, 6184).rounds
     assert suited.lora.layers == 3
+
+
+@pytest.mark.parametrize(("data", "epsilon"), [("chat", 8.0), ("chat", 4.0), ("medquad", 8.0), ("dolly", 4.0)])
+def test_a_run_divides_a_rounds_sum_by_what_the_simulation_divides_by(benchmark, data, epsilon):
+    """Rates are chosen in simulation; a rate of momentum means nothing where the mean is another."""
+    recipe = benchmark["utility_recipe"].Recipe.of(data, epsilon)
+    sizes = [28, 29, 30] * 70
+    said = overlay(recipe.settings(), {"privacy": {"epsilon": epsilon}})
+    config = recipe.for_records(build(RunConfig, said), records_of(benchmark, sum(sizes), clients=len(sizes)))
+    planned = benchmark["utility_simulation"].plan(
+        benchmark["utility_simulation"].Case.of(recipe), epsilon, sizes, seed=0
+    )
+    mechanism = build_mechanism(config, noise_multiplier=0.0, dimension=3)
+    vector = np.array([0.5, -1.0, 0.25])
+    ring = mechanism.ring.encode(vector, SecureRandom())
+    mean = mechanism.decode(ring, survivors=config.federation.cohort, clip_norm=0.1).mean_update
+    np.testing.assert_allclose(mean, -0.1 * vector / planned.units, rtol=5e-3)
 
 
 def test_what_the_command_line_says_is_not_overridden_by_the_scale(benchmark):
