@@ -163,7 +163,7 @@ DEPARTURES: Mapping[tuple[str, float], Recipe] = {
         output_classes=768,
         output_classes_by="record",
     ),
-    ("chat", 4.0): _wide(15.0, Scale(rounds=48, clients=214, records=1850), output_classes=2048),
+    ("chat", 4.0): _wide(27.0, Scale(rounds=48, clients=214, records=1850), output_classes=2048),
     ("medquad", math.inf): _deep(0.0025, whitening=0.5, clients=4),
     ("medquad", 8.0): Recipe(
         {"lora": {"rank": 512, "whitening": 0.5}, "training": {"sampled_positions": 64, "output_classes": 2048}},
