@@ -142,10 +142,11 @@ def calibrate_noise(*, epsilon: float, delta: float, sampling_rate: float, steps
     for guess in itertools.count(1):
         if enough - too_little <= 1:
             break
-        # The logarithm of epsilon is nearly a line, which misses by little; every third guess halves what is left.
-        share = 0.5
-        if guess % 3:
-            low, high = math.log(cost(too_little) / epsilon), math.log(cost(enough) / epsilon)
+        # The logarithm of epsilon is nearly a line, which misses by little; every third guess halves what is left, as
+        # does one where the accountant proves nothing at the lower end.
+        share, above = 0.5, cost(too_little)
+        if guess % 3 and math.isfinite(above):
+            low, high = math.log(above / epsilon), math.log(cost(enough) / epsilon)
             share = low / (low - high)
         middle = min(max(too_little + round(share * (enough - too_little)), too_little + 1), enough - 1)
         too_little, enough = (too_little, middle) if cost(middle) <= epsilon else (middle, enough)

@@ -25,7 +25,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedpt_secure.errors import PrivacyError
-from fedpt_secure.privacy import GaussianSteps, calibrate_noise, epsilon_spent, round_up
+from fedpt_secure.privacy import GaussianSteps, accounting, calibrate_noise, epsilon_spent, round_up
 from fedpt_secure.privacy.accounting import SLACK_PER_STEP, merge
 
 TOLERANCE = 0.003
@@ -296,6 +296,25 @@ def test_calibration_takes_seconds_and_says_nothing(epsilon, rate, steps, caplog
     assert 0.98 * epsilon <= ours(GaussianSteps(multiplier, rate, steps), 1e-6) <= epsilon
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "spent_by",
+    [
+        lambda noise: 10 / noise,
+        lambda noise: math.exp(-noise) + 1e-6,
+        lambda noise: 1 / noise**6,
+        lambda noise: math.inf if noise < 1.5 else 0.3 / noise,
+        lambda noise: 60.0 if noise < 3.21 else 1e-5,
+    ],
+    ids=["a line", "bent", "steep", "nothing proven at first", "a cliff"],
+)
+def test_the_search_ends_at_the_least_noise_that_is_enough_whatever_the_curve(spent_by, monkeypatch):
+    """An accountant in place of the real one: whatever falls with noise is searched right."""
+    monkeypatch.setattr(accounting, "epsilon_spent", lambda spent, **_: spent_by(spent[0].noise_multiplier))
+    multiplier = calibrate_noise(epsilon=0.5, delta=1e-5, sampling_rate=0.5, steps=3)
+    assert spent_by(multiplier) <= 0.5
+    assert spent_by(multiplier / 1.0011) > 0.5
 
 
 def test_asking_again_costs_nothing():
