@@ -21,10 +21,10 @@ def make_server_app(folder: ServerFolder, progress: Progress) -> ServerApp:
 
     app = ServerApp()
 
-    @app.main()
     def main(grid: Grid, context: Context) -> None:
         from fedpt_secure.network.coordinator import run_federation
 
         run_federation(folder, GridTransport(FlowerMailbox(cast("HttpGrid", grid))), progress=progress)
 
+    app.main()(main)
     return app

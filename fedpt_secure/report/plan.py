@@ -26,7 +26,7 @@ from fedpt_secure.privacy import (
 TABLE_EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Rows of every table, beside the one that was asked for."""
 CURVE_POINTS = 13
-_CURVE_DISCRETISATION = 1e-3
+_CURVE_EXCESS = 1e-3  # of epsilon: less than a line's width
 _TOLERATED_FRACTION: float = PrivacyConfig.model_fields["corrupt_fraction"].default
 _CLIP_NORM_IN_WORDS = "the clip norm"
 
@@ -210,7 +210,7 @@ def curves(answer: Plan) -> Curves:
 
     def cost(noise: float, steps: int) -> float:
         history = (GaussianSteps(noise, config.rate, steps),)
-        return epsilon_spent(history, delta=config.delta, discretisation=_CURVE_DISCRETISATION)
+        return epsilon_spent(history, delta=config.delta, excess=_CURVE_EXCESS)
 
     by_noise = ((noise, cost(noise, config.steps)) for noise in spread)
     by_rounds = ((count, cost(multiplier, count * config.local_steps)) for count in rounds)

